@@ -1,0 +1,214 @@
+"""The notation, the mirror, the versions' arithmetic, and our layers against the library's."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import models
+from models import NotationError, Version, build
+
+
+def linear(inputs, outputs):
+    return inputs * outputs + outputs
+
+
+def conv(inputs, outputs, kernel=3):
+    return inputs * outputs * kernel * kernel + outputs
+
+
+# Each network's parameters, layer by layer, as one reads them off the notation.
+PARAMETERS = {
+    "v1": {
+        "encoder": linear(3072, 512) + linear(512, 256) + linear(256, 128),
+        "classifier": linear(128, 128) + linear(128, 10),
+        "decoder": linear(128, 256) + linear(256, 512) + linear(512, 3072)},
+    "v2": {
+        "encoder": conv(3, 32) + conv(32, 32) + conv(32, 64) + linear(64 * 4 * 4, 512),
+        "classifier": linear(512, 128) + linear(128, 10),
+        "decoder": linear(512, 1024) + conv(64, 32, 2) + conv(32, 32, 2) + conv(32, 3, 2)},
+    "v3": {
+        "encoder": conv(3, 32) + conv(32, 32) + conv(32, 64) + conv(64, 64),
+        "classifier": conv(64, 64) + linear(64 * 2 * 2, 10),
+        "decoder": conv(64, 64, 2) + conv(64, 32, 2) + conv(32, 32, 2) + conv(32, 3, 2)},
+    "v4": {
+        "encoder": conv(3, 32) + conv(32, 32),
+        "classifier": conv(32, 32) + conv(32, 64) + conv(64, 64) + linear(64 * 4 * 4, 512)
+        + linear(512, 128) + linear(128, 10),
+        "decoder": conv(32, 32, 2) + conv(32, 3, 1)},
+}
+
+
+@pytest.mark.parametrize("version", PARAMETERS)
+def test_parameters_are_the_arithmetic_of_the_notation(version):
+    model = build(version)
+    for part, expected in PARAMETERS[version].items():
+        assert models.parameter_count(getattr(model, part)) == expected, part
+    assert models.parameter_count(model) == sum(PARAMETERS[version].values())
+
+
+def test_v1_encoder_alone_written_out_in_numbers():
+    assert models.parameter_count(build("v1").encoder) == 3072*512+512 + 512*256+256 + 256*128+128
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (3, 64, 64), (3, 33, 45)])
+@pytest.mark.parametrize("version", models.VERSIONS)
+def test_the_mirror_gives_every_shape_back(version, shape):
+    if version.startswith("v1") and shape[1] > 40:
+        shape = (1, 45, 33)  # the same question, a tenth of the weights
+    images = torch.randn(2, *shape)
+    logits, reconstruction = build(version, shape, num_classes=7).eval()(images)
+    assert reconstruction.shape == images.shape
+    assert logits.shape == (2, 7)
+
+
+@pytest.mark.parametrize("notation", ["C(4)>C(4)>C(4)", "S(4)>S(4)>S(4)", "C(4)>G(5)", "S(4)>L(6)",
+                                      "C'(4)>C(4)>S(4)>L'(6)"])
+@pytest.mark.parametrize("shape", [(1, 15, 9), (3, 9, 14), (2, 13, 13)])
+def test_the_mirror_of_odd_maps(notation, shape):
+    images = torch.randn(2, *shape)
+    model = build(Version(notation), shape)
+    assert model(images)[1].shape == images.shape
+
+
+def test_a_mirror_runs_backwards_with_relu_after_each_layer_but_the_last():
+    decoder = build(Version("C'(4)>D(0.5)>C(5)>S(6)>L(7)"), (3, 16, 16)).decoder
+    kinds = [type(layer).__name__ for layer in decoder]
+    assert kinds == ["Linear", "Unflatten", "ReLU"] + ["ConvTranspose2d", "ReLU"] * 2 + ["ConvTranspose2d"]
+    convs = [layer for layer in decoder if isinstance(layer, nn.ConvTranspose2d)]
+    assert [(c.in_channels, c.out_channels, c.kernel_size[0]) for c in convs] == [
+        (6, 5, 2), (5, 4, 2), (4, 3, 1)]
+
+
+def test_no_decoder_and_written_decoder():
+    images = torch.randn(2, 3, 32, 32)
+    model = build("v4", decoder=None)
+    assert model.decoder is None and model(images)[1] is None
+    written = build(Version("C(8)>C(8)", decoder="T(4)>T(3)"))
+    assert not isinstance(written.decoder[-1], nn.ReLU)  # none after the last layer
+    assert written(images)[1].shape == images.shape and written(images)[0] is None
+
+
+def test_the_decoder_does_not_touch_the_other_weights():
+    """A seed gives the same encoder and classifier with and without a decoder."""
+    states = []
+    for decoder in ("mirror", None):
+        torch.manual_seed(5)
+        states.append(build("v4", decoder=decoder).state_dict())
+    for name, weight in states[1].items():
+        assert torch.equal(weight, states[0][name]), name
+
+
+def test_forward_leaves_out_what_is_not_asked_for():
+    model, images = build("v3").eval(), torch.randn(2, 3, 32, 32)
+    both = model(images)
+    assert model(images, classify=False)[0] is None
+    assert torch.equal(model(images, classify=False)[1], both[1])
+    assert model(images, reconstruct=False)[1] is None
+    assert torch.equal(model(images, reconstruct=False)[0], both[0])
+
+
+def test_pooling_before_relu_is_pooling_after_it():
+    torch.manual_seed(0)
+    model = build(Version("C(8)"), (3, 10, 10))
+    x = torch.randn(4, 3, 10, 10)
+    conv_layer = model.encoder[0]
+    ours = model.encoder(x)
+    ours.sum().backward()
+    gradient = conv_layer.weight.grad.clone()
+    conv_layer.weight.grad = None
+    plain = F.max_pool2d(F.relu(conv_layer(x)), 2)
+    plain.sum().backward()
+    assert torch.equal(ours, plain)
+    torch.testing.assert_close(gradient, conv_layer.weight.grad)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_transposed_conv_is_the_librarys(channels_last):
+    torch.manual_seed(0)
+    ours = models.ConvTranspose2d(6, 5, 2, stride=2)
+    plain = nn.ConvTranspose2d(6, 5, 2, stride=2)
+    plain.load_state_dict(ours.state_dict())
+    x = torch.randn(3, 6, 4, 7)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    results = []
+    for layer in (ours, plain):
+        inputs = x.clone().requires_grad_()
+        y = layer(inputs)
+        (y * torch.arange(y.numel()).view_as(y)).sum().backward()
+        results.append((y, inputs.grad, layer.weight.grad, layer.bias.grad))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(50, 8, 10, 10), (400, 101)])
+def test_dropout_keeps_its_share_and_its_mean(shape):
+    torch.manual_seed(1)
+    layer = models.Dropout(0.3)
+    x = torch.ones(shape, requires_grad=True)
+    y = layer(x)
+    n = x.numel()
+    kept = (y != 0).sum().item()
+    assert abs(kept - 0.7 * n) < 4 * math.sqrt(n * 0.3 * 0.7)
+    torch.testing.assert_close(y[y != 0], torch.full((kept,), 1 / 0.7), rtol=1e-4, atol=0)
+    # Values that come from one 64-bit draw are independent: neighbours are both kept 0.49 n times.
+    flat = (y != 0).movedim(1, -1).flatten()
+    pairs = (flat[:-1] & flat[1:]).sum().item()
+    assert abs(pairs - 0.49 * n) < 5 * math.sqrt(n * 0.49 * 0.51)
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())  # the gradient goes through the same mask
+    assert torch.equal(layer.eval()(x), x)
+
+
+@pytest.mark.parametrize("notation, expected", [
+    ("C(32)>X(3)", "token 2 'X(3)': expected one of C(n)"),
+    ("C(32)>>L(2)", "token 2 ''"),
+    ("C32", "token 1 'C32'"),
+    ("", "token 1 ''"),
+    ("C(0)", "expected a whole number"),
+    ("L(2.5)", "expected a whole number"),
+    ("C(4)>D(1.5)", "token 2 'D(1.5)': expected a probability"),
+    ("L(8)>C(4)", "token 2 'C(4)': expected a map"),
+    ("C(4)>C(4)>C(4)>C(4)>C(4)>C(4)", "token 6 'C(4)': pools a 1x1 map to nothing"),
+    ("T(4)", "T has no mirror"),
+])
+def test_a_malformed_notation_is_answered_at_its_token(notation, expected):
+    with pytest.raises(NotationError) as error:
+        build(Version(notation))
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_other_networks_that_cannot_be_built():
+    with pytest.raises(NotationError, match="did you mean 'v4'"):
+        build("v44")
+    with pytest.raises(NotationError, match="ends in L'"):
+        build("v4", classifier="L(128)>L(10)")
+    with pytest.raises(NotationError, match="expected the images' shape 3x32x32"):
+        build("v4", decoder="T(8)>T(3)")
+
+
+def test_the_last_layer_follows_the_number_of_classes():
+    assert build("v4", num_classes=100)(torch.randn(2, 3, 32, 32))[0].shape == (2, 100)
+
+
+def test_multiply_adds_by_hand():
+    rows = models.trace(build(Version("C(4)", "L'(10)"), (3, 8, 8)))
+    adds = {(part, layer): n for part, layer, _, _, n in rows}
+    assert adds["encoder", "Conv2d"] == 8 * 8 * 4 * 3 * 9
+    assert adds["classifier", "Linear"] == 4 * 4 * 4 * 10
+    assert adds["decoder", "ConvTranspose2d"] == 4 * 4 * 4 * 3 * 2 * 2
+
+
+def test_the_tables(capsys):
+    assert models.main([]) == 0
+    table = capsys.readouterr().out
+    assert all(f"\n{name} " in table for name in models.VERSIONS)
+    assert f"{3495946:,}" in table  # v1
+    assert models.main(["v4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].split() == ["total", "670,797", "21,497,088"]
+    assert models.main(["v9"]) == 2
+    assert "did you mean" in capsys.readouterr().err
