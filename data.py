@@ -1,0 +1,525 @@
+"""Image data sets held whole in memory as uint8, and their batches made on the device.
+
+    dataset = load("cifar10")                 # or a folder, an .npz, "shapes", ...
+    for images, labels in batches(dataset.train, 32, epoch_seed=0, flip=True):
+        ...                                   # images (B, C, H, W) float32, normalised
+
+`load` takes a name of NAMES, a folder with train/<class>/* and test/<class>/* images, or an
+.npz with x_train, y_train, x_test, y_test. `python data.py --dataset NAME` prints a set's
+classes and counts and saves a sheet of samples. This file needs torch, torchvision and numpy.
+"""
+import argparse
+import math
+import os
+import socket
+import sys
+import time
+import warnings
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torchvision import datasets
+from torchvision.transforms.v2 import functional as TF
+
+
+class DataError(ValueError):
+    """A data set that cannot be had; one line that names the file or value and the way out."""
+
+
+class Split(NamedTuple):
+    images: torch.Tensor  # (N, C, H, W) uint8, in channels_last memory
+    labels: torch.Tensor  # (N,) int64, 0 to classes - 1
+
+
+@dataclass
+class Dataset:
+    name: str      # "cifar10"
+    source: str    # where it came from: "data/cifar10 (image folder)"
+    classes: list  # the classes' names, in the order of the labels
+    train: Split
+    test: Split
+
+
+# What torchvision reads and downloads: (class, training arguments, test arguments). Flips turn
+# a digit into something else, so the sets of digits are never flipped.
+NAMES = {
+    "cifar10": (datasets.CIFAR10, {"train": True}, {"train": False}),
+    "cifar100": (datasets.CIFAR100, {"train": True}, {"train": False}),
+    "svhn": (datasets.SVHN, {"split": "train"}, {"split": "test"}),
+    "mnist": (datasets.MNIST, {"train": True}, {"train": False}),
+    "fashionmnist": (datasets.FashionMNIST, {"train": True}, {"train": False}),
+}
+NEVER_FLIPPED = {"svhn", "mnist"}
+
+
+def load(dataset=None, data_dir="data", size=None):
+    """A Dataset by name or path; None is CIFAR-10 or, where it cannot be had, `shapes`.
+
+    size: what images of unequal sizes in a folder are scaled and cropped to as they are read;
+    a folder of equal ones is read as it is. Raises DataError.
+    """
+    if dataset is None:
+        try:
+            return _named("cifar10", data_dir, size)
+        except DataError as error:
+            print(f"{'!' * 78}\nWARNING: {error}\nWARNING: going on with the built-in set 'shapes'. "
+                  f"Its figures say nothing about CIFAR-10.\n{'!' * 78}", file=sys.stderr)
+            return shapes()
+    if dataset == "shapes":
+        return shapes()
+    if dataset in NAMES:
+        return _named(dataset, data_dir, size)
+    path = Path(dataset)
+    if path.is_dir():
+        return _folder(path, size)
+    if not path.exists():
+        raise DataError(f"no data set {dataset!r}; expected one of {' '.join(NAMES)} shapes, a "
+                        "folder with train/ and test/, or an .npz file")
+    if path.suffix != ".npz":
+        raise DataError(f"{path}: expected a folder with train/ and test/, or an .npz file")
+    return _npz(path)
+
+
+def _split(images, labels):
+    """A Split from images (N, C, H, W) uint8 and labels, both tensors or arrays."""
+    images = torch.as_tensor(images).contiguous(memory_format=torch.channels_last)
+    return Split(images, torch.as_tensor(labels, dtype=torch.int64))
+
+
+# ---------------------------------------------------------------- named sets
+
+def _named(name, data_dir, size):
+    """A set of NAMES: torchvision's files in data_dir, an image folder there, or a download."""
+    make, *splits = NAMES[name]
+
+    def read(download):
+        parts = [make(data_dir, download=download, **arguments) for arguments in splits]
+        both = []
+        for part in parts:
+            images = torch.as_tensor(part.data)
+            if images.ndim == 3:           # grey: (N, H, W)
+                images = images[:, None]
+            elif images.shape[-1] == 3:    # (N, H, W, 3)
+                images = images.permute(0, 3, 1, 2)
+            both.append(_split(images, getattr(part, "targets", getattr(part, "labels", None))))
+        classes = getattr(parts[0], "classes", [str(digit) for digit in range(10)])
+        if name == "mnist":
+            classes = [each.split(" ")[0] for each in classes]  # "0 - zero"
+        return Dataset(name, f"{data_dir} (torchvision)", list(classes), *both)
+
+    try:
+        return read(download=False)
+    except RuntimeError:  # torchvision's word for: not there, or not whole
+        pass
+    except ModuleNotFoundError as error:
+        raise DataError(f"{name}: torchvision reads it with {error.name}, which is not installed: "
+                        f"pip install {error.name}") from None
+    folder = Path(data_dir, name)
+    if (folder / "train").is_dir():
+        return _folder(folder, size)
+
+    made = not Path(data_dir).exists()
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)  # a network that swallows everything is answered, too
+    try:
+        with redirect_stdout(sys.stderr):
+            return read(download=True)
+    except (OSError, RuntimeError) as error:
+        _remove_empty(Path(data_dir), made)
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"{name} is neither in {data_dir}/ nor in {folder}/train, and could not be "
+                        f"downloaded ({reason}); --data-dir names another place, --dataset shapes "
+                        "needs none") from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def _remove_empty(folder, itself):
+    """Removes the empty folders that a failed download left below a folder."""
+    for place, _, _ in os.walk(folder, topdown=False):
+        if (itself or place != str(folder)) and not os.listdir(place):
+            os.rmdir(place)
+
+
+# ---------------------------------------------------------------- folders and .npz
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+CHUNK = 250  # images that a reading process hands over at a time
+
+
+def read_image(path, channels=3, fit=None):
+    """A picture file as (H, W, C) uint8, turned as its EXIF says; transparency onto white.
+
+    channels: 3, or 1 for grey. fit: (H, W) to scale and centre-crop to. Raises DataError,
+    naming the path, for what is not a picture, is cut off, or is too large to be one.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I"):  # 16 bits a pixel
+                    image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+                if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
+                    image = image.convert("RGBA")
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                image = image.convert("RGB" if channels == 3 else "L")
+                if fit is not None:
+                    image = ImageOps.fit(image, fit[::-1], Image.Resampling.BILINEAR)
+                pixels = np.asarray(image)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise DataError(f"{path}: has too many pixels to be read safely") from None
+    except UnidentifiedImageError:
+        raise DataError(f"{path}: not a picture, or of a kind that cannot be read") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"{path}: cannot be read as a picture ({reason})") from None
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+class _Reader(torch.utils.data.Dataset):
+    """Chunks of picture files as one array each, for a DataLoader's worker processes.
+
+    A chunk comes back as (array, None), or as (None, what was wrong): an exception raised in
+    a worker would reach the user as a page of traceback.
+    """
+
+    def __init__(self, paths, shape, fit):
+        self.paths, self.shape, self.fit = paths, shape, fit
+
+    def __len__(self):
+        return math.ceil(len(self.paths) / CHUNK)
+
+    def __getitem__(self, i):
+        paths = self.paths[i * CHUNK:(i + 1) * CHUNK]
+        array = np.empty((len(paths), *self.shape), np.uint8)
+        try:
+            for image, path in zip(array, paths):
+                pixels = read_image(path, self.shape[2], self.shape[:2] if self.fit else None)
+                if pixels.shape != self.shape:
+                    return None, path
+                image[:] = pixels
+        except DataError as error:
+            return None, error
+        return array, None
+
+
+def _as_it_is(chunk):
+    return chunk
+
+
+def _folder(folder, size):
+    """An image folder: train/<class>/* and test/<class>/*, read by all cores."""
+    paths, labels, classes = [], [], {}
+    for part in ("train", "test"):
+        if not (folder / part).is_dir():
+            raise DataError(f"{folder}: has no folder {part}/; expected train/<class>/* and "
+                            "test/<class>/*")
+        classes[part] = sorted(each.name for each in (folder / part).iterdir()
+                               if each.is_dir() and not each.name.startswith("."))
+        if classes[part] != classes["train"] or not classes[part]:
+            odd = sorted(set(classes[part]) ^ set(classes["train"]))
+            raise DataError(f"{folder}/{part}: expected the same class folders as in train/, at "
+                            f"least one" + (f"; {', '.join(odd[:5])} is in one of them only" * bool(odd)))
+        for label, name in enumerate(classes[part]):
+            files = sorted(str(each) for each in (folder / part / name).iterdir()
+                           if each.suffix.lower() in SUFFIXES and not each.name.startswith("."))
+            if not files:
+                raise DataError(f"{folder / part / name}: has no picture "
+                                f"({' '.join(sorted(SUFFIXES))})")
+            paths += files
+            labels += [label] * len(files)
+        if part == "train":
+            train = len(paths)
+    # Grey only where the first picture of every class is.
+    first = [paths[labels.index(label)] for label in range(len(classes["train"]))]
+    grey = all(bool((pixels == pixels[..., :1]).all()) for pixels in map(read_image, first))
+    shape = (*read_image(paths[0]).shape[:2], 1 if grey else 3)
+    images, other = _read_all(paths, shape, False, folder)
+    if other is not None:
+        if size is None:
+            raise DataError(f"{other}: is not {shape[1]}x{shape[0]} as {paths[0]} is; --size N "
+                            "scales and crops every picture to NxN")
+        images, _ = _read_all(paths, (size, size, shape[2]), True, folder)
+    images, labels = torch.from_numpy(images).permute(0, 3, 1, 2), torch.tensor(labels)
+    return Dataset(folder.name, f"{folder} (image folder)", classes["train"],
+                   _split(images[:train], labels[:train]), _split(images[train:], labels[train:]))
+
+
+def _read_all(paths, shape, fit, folder):
+    """All files as (N, H, W, C) uint8 and None, or (None, path) of the first that differs."""
+    images, done, start = np.empty((len(paths), *shape), np.uint8), 0, time.time()
+    cores = torch.get_num_threads() if len(paths) > 4 * CHUNK else 0
+    loader = torch.utils.data.DataLoader(_Reader(paths, shape, fit), batch_size=None,
+                                         num_workers=cores, collate_fn=_as_it_is)
+    for array, wrong in loader:
+        if isinstance(wrong, DataError):
+            raise wrong
+        if wrong is not None:
+            return None, wrong
+        images[done:done + len(array)] = array
+        done += len(array)
+        if sys.stderr.isatty():
+            print(f"\rreading {folder}: {done:,} of {len(paths):,} images", end="", file=sys.stderr)
+    print(f"{chr(13) * sys.stderr.isatty()}read {folder}: {done:,} images in "
+          f"{time.time() - start:.1f} s{'':<20}".rstrip("\n"), file=sys.stderr)
+    return images, None
+
+
+def _npz(path):
+    """An .npz of x_train, y_train, x_test, y_test (and `classes`, their names, if it has it)."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            keys = {"x_train", "y_train", "x_test", "y_test"}
+            if keys - set(file):
+                raise DataError(f"{path}: has no {', '.join(sorted(keys - set(file)))}; expected "
+                                "x_train, y_train, x_test and y_test")
+            arrays = {key: file[key] for key in file}
+    except DataError:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy each have their own
+        raise DataError(f"{path}: cannot be read as an .npz of plain arrays ({error})") from None
+    splits = []
+    count = None
+    for part in ("train", "test"):
+        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"].squeeze()
+        if x.dtype != np.uint8 or x.ndim not in (3, 4):
+            raise DataError(f"{path}: x_{part} is {x.dtype} of shape {x.shape}; expected uint8 "
+                            "(N, H, W), (N, H, W, C) or (N, C, H, W)")
+        if x.ndim == 3:
+            x = x[:, None]
+        elif x.shape[-1] in (1, 3):
+            x = x.transpose(0, 3, 1, 2)
+        if x.shape[1] not in (1, 3):
+            raise DataError(f"{path}: x_{part} of shape {x.shape}; expected 1 or 3 channels")
+        if y.shape != (len(x),) or y.dtype.kind not in "iu" or not len(x):
+            raise DataError(f"{path}: y_{part} is {y.dtype} of shape {y.shape}; expected a whole "
+                            f"number for each of the {len(x)} images")
+        count = count or int(y.max()) + 1
+        if y.min() < 0 or y.max() >= count:
+            raise DataError(f"{path}: y_{part} has the label {y.min() if y.min() < 0 else y.max()}; "
+                            f"expected 0 to {count - 1}, the labels of y_train")
+        splits.append(_split(x.copy(), y.astype(np.int64)))
+    missing = sorted(set(range(count)) - set(splits[0].labels.tolist()))
+    if missing:
+        raise DataError(f"{path}: y_train has no image of label {missing[0]}; expected each label "
+                        f"from 0 to {count - 1}")
+    if splits[0].images.shape[1:] != splits[1].images.shape[1:]:
+        raise DataError(f"{path}: x_train and x_test differ in the shape of their images: "
+                        f"{tuple(splits[0].images.shape[1:])}, {tuple(splits[1].images.shape[1:])}")
+    classes = [str(each) for each in arrays.get("classes", range(count))]
+    if len(classes) != count:
+        raise DataError(f"{path}: classes has {len(classes)} names; expected {count}")
+    return Dataset(path.stem, f"{path} (.npz)", classes, *splits)
+
+
+# ---------------------------------------------------------------- shapes, the built-in set
+
+SHAPES = ["circle", "ring", "square", "triangle", "star", "cross", "crescent", "heart", "arrow",
+          "bars"]
+
+
+def _inside(label, x, y):
+    """How far points (any shape of tensors) are outside a shape of about unit size; negative
+    inside. Not exact distances, but smooth across the edge."""
+    r = torch.hypot(x, y)
+
+    def box(u, v, width, height):
+        return torch.maximum(u.abs() - width, v.abs() - height)
+
+    def triangle(u, v, size):  # its tip upwards (v negative)
+        return torch.maximum(v - size / 2, 0.866 * u.abs() - 0.5 * v - size / 2)
+
+    if label == 0:
+        return r - 0.8
+    if label == 1:
+        return (r - 0.7).abs() - 0.2
+    if label == 2:
+        return box(x, y, 0.7, 0.7)
+    if label == 3:
+        return triangle(x, y, 1.0)
+    if label == 4:  # the edge of a five-pointed star, over the angle to the nearest point
+        turn = 2 * math.pi / 5
+        angle = (torch.remainder(torch.atan2(y, x), turn) - turn / 2).abs()
+        return r - (0.45 + 0.55 * (angle / (turn / 2)) ** 2)
+    if label == 5:
+        return torch.minimum(box(x, y, 0.95, 0.28), box(x, y, 0.28, 0.95))
+    if label == 6:
+        return torch.maximum(r - 0.9, 0.72 - torch.hypot(x - 0.42, y))
+    if label == 7:
+        u, v = x * 1.1, -y * 1.1 + 0.15
+        return torch.hypot(u, v - 0.75 * u.abs().sqrt()) - 0.8
+    if label == 8:
+        return torch.minimum(triangle(x * 1.2, (y + 0.35) * 1.2, 0.9), box(x, y - 0.4, 0.2, 0.6))
+    return box(x.abs() - 0.5, y, 0.25, 0.9)  # two parallel bars
+
+
+def shapes(train=10_000, test=2_000, side=32, seed=7):
+    """Ten classes of shapes in random colours, places, sizes and turns over textured grounds.
+
+    Drawn here, in about two seconds, and the same at every run. Returns a Dataset.
+    """
+    g = torch.Generator().manual_seed(seed)
+    n = train + test
+    labels = torch.arange(n) % 10
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(n, *shape, generator=g)
+
+    def texture(colour, strength, cells):
+        """Stripes and patches around a colour: (N, 3, side, side)."""
+        patches = torch.nn.functional.interpolate(
+            uniform(-1, 1, 1, cells, cells), size=(side, side), mode="bilinear")
+        angle, wave, phase = uniform(0, math.pi, 1, 1), uniform(2, 9, 1, 1), uniform(0, 7, 1, 1)
+        stripes = torch.sin(wave * (x0 * angle.cos() + y0 * angle.sin()) + phase)[:, None]
+        tint = uniform(-1, 1, 3, 1, 1)
+        return colour[:, :, None, None] + strength * (patches + 0.7 * stripes * tint)
+
+    axis = (torch.arange(side) + 0.5) / side * 2 - 1
+    y0, x0 = torch.meshgrid(axis, axis, indexing="ij")
+    # A colour for the ground and, at some distance and mostly brighter, one for the shape: with
+    # shapes as often darker, v4 stays at chance for six epochs before it starts to learn.
+    ground = uniform(0.0, 0.6, 3)
+    away = torch.nn.functional.normalize(uniform(-0.3, 1, 3), dim=1) * uniform(0.5, 0.9, 1)
+    ground_texture, shape_texture = texture(ground, 0.18, 5), texture(ground + away, 0.1, 3)
+    size, turn = uniform(0.55, 0.85, 1, 1), uniform(0, 2 * math.pi, 1, 1)
+    dx, dy = x0 - uniform(-0.25, 0.25, 1, 1), y0 - uniform(-0.25, 0.25, 1, 1)
+    x = (dx * turn.cos() + dy * turn.sin()) / size
+    y = (dy * turn.cos() - dx * turn.sin()) / size
+    cover = torch.empty(n, 1, side, side)
+    for label in range(10):
+        own = labels == label
+        # The edge is one pixel wide: inside is measured in units of the shape's size.
+        edge = _inside(label, x[own], y[own]) * size[own] * side / 2
+        cover[own] = (0.5 - edge).clamp(0, 1)[:, None]
+    images = ground_texture + (shape_texture - ground_texture) * cover
+    images += 0.02 * torch.randn(images.shape, generator=g)
+    images = (images.clamp(0, 1) * 255).round().to(torch.uint8)
+    return Dataset("shapes", "drawn by data.py", list(SHAPES),
+                   _split(images[:train], labels[:train]), _split(images[train:], labels[train:]))
+
+
+# ---------------------------------------------------------------- from sets to sets
+
+def take(split, count, seed):
+    """`count` images of a Split, drawn with the seed, classes in proportion (rounded so that
+    they add up; at least one of each class where count allows). Raises DataError."""
+    n = len(split.labels)
+    if count > n:
+        raise DataError(f"{count:,} images asked for; the set has {n:,}")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    # Each image's rank within its class, as a share of that class; the smallest shares win.
+    labels = split.labels[order]
+    share = torch.empty(n, dtype=torch.float64)
+    for label in labels.unique():
+        own = (labels == label).nonzero().squeeze(1)
+        share[own] = torch.arange(len(own), dtype=torch.float64) / len(own)
+    chosen = order[share.argsort(stable=True)[:count]].sort().values
+    return Split(split.images[chosen], split.labels[chosen])
+
+
+# ---------------------------------------------------------------- batches
+
+# ImageNet's, as the study has it; for one channel their means.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def _mean_std(channels, device):
+    mean, std = torch.tensor([MEAN, STD], device=device)
+    if channels == 1:
+        mean, std = mean.mean(0, keepdim=True), std.mean(0, keepdim=True)
+    return mean[:, None, None], std[:, None, None]
+
+
+def normalise(images, size=None):
+    """uint8 images (B, C, H, W) as the network sees them: float32, minus mean, over std.
+
+    size: bring them to size x size first: shorter side scaled (bilinear), centre cropped.
+    """
+    if size is not None and tuple(images.shape[2:]) != (size, size):
+        images = TF.center_crop(TF.resize(images, [size], antialias=True), [size, size])
+    mean, std = _mean_std(images.shape[1], images.device)
+    return torch.addcmul(-mean / std, images.float(), 1 / (255 * std))
+
+
+def to_pixels(normalised):
+    """The way back: normalised (B, C, H, W) of any float type to pixels of 0-1, clamped."""
+    mean, std = _mean_std(normalised.shape[1], normalised.device)
+    return torch.addcmul(mean, normalised.float(), std).clamp(0, 1)
+
+
+def batches(split, batch_size, epoch_seed=None, flip=False, size=None):
+    """A split's batches, (images, labels) as `normalise` makes them, on the split's device.
+
+    epoch_seed: an int shuffles, always in the same order for the same seed; None keeps the
+    set's order. flip: turn each image left to right with probability 1/2 (drawn from the same
+    seed). The last batch may be smaller.
+    """
+    n, device = len(split.labels), split.images.device
+    generator = torch.Generator().manual_seed(0 if epoch_seed is None else epoch_seed)
+    order = torch.arange(n) if epoch_seed is None else torch.randperm(n, generator=generator)
+    flipped = (torch.rand(n, generator=generator) < 0.5).to(device)
+    order = order.to(device)
+    pixels = split.images.permute(0, 2, 3, 1)  # (N, H, W, C), contiguous: an image is a row
+    for start in range(0, n, batch_size):
+        rows = order[start:start + batch_size]
+        images = pixels.index_select(0, rows).permute(0, 3, 1, 2)
+        if flip:
+            turned = flipped[start:start + batch_size, None, None, None]
+            images = torch.where(turned, images.flip(3), images)
+        yield normalise(images, size), split.labels.index_select(0, rows)
+
+
+# ---------------------------------------------------------------- python data.py
+
+def main(argv):
+    parser = argparse.ArgumentParser(description="Prints a data set's classes and counts and "
+                                     "saves a sheet of samples.")
+    parser.add_argument("--dataset", help=f"{' '.join(NAMES)} shapes, a folder or an .npz; "
+                        "default: cifar10, or shapes where it cannot be had")
+    parser.add_argument("--data-dir", default="data", help="where named sets lie (default: data)")
+    parser.add_argument("--size", type=int, help="scale and crop a folder of unequal images")
+    parser.add_argument("--output", default="outputs", help="where the sheet goes")
+    args = parser.parse_args(argv)
+    try:
+        dataset = load(args.dataset, args.data_dir, args.size)
+    except DataError as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        return 2
+    shape = "x".join(map(str, dataset.train.images.shape[1:]))
+    print(f"{dataset.name}: {dataset.source}, {len(dataset.classes)} classes, images {shape}")
+    print(f"{'class':<24}{'train':>8}{'test':>8}")
+    counts = [torch.bincount(part.labels, minlength=len(dataset.classes)).tolist()
+              for part in (dataset.train, dataset.test)]
+    for name, train, test in zip(dataset.classes, *counts):
+        print(f"{name:<24}{train:>8,}{test:>8,}")
+    print(f"{'total':<24}{sum(counts[0]):>8,}{sum(counts[1]):>8,}")
+
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    names = dataset.classes[:20]
+    figure, axes = plt.subplots(len(names), 10, figsize=(8, 0.72 * len(names) + 0.5), squeeze=False)
+    figure.suptitle(f"{dataset.name}: ten training images of each class")
+    for label, row in enumerate(axes):
+        images = dataset.train.images[dataset.train.labels == label][:10].permute(0, 2, 3, 1)
+        for axis in row:
+            axis.axis("off")
+        for axis, image in zip(row, images):
+            axis.imshow(image.expand(-1, -1, 3))
+        row[0].set_title(names[label], loc="left", fontsize=8, pad=2)
+    path = Path(args.output, f"{dataset.name}_samples.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    print(f"saved {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
