@@ -1,0 +1,373 @@
+"""Everything that reads a checkpoint: measures it, pictures it, classifies pictures with it.
+
+    python evaluate.py --ckpt outputs/v4/best.pt
+    python evaluate.py --ckpt outputs/v4/best.pt --images cat.png boat.jpg
+
+The checkpoint knows its network, its data set and its settings. train.py measures after each
+epoch with `measure` and draws its pictures with the functions of this file.
+"""
+import argparse
+import contextlib
+import json
+import math
+import os
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from torchvision.io import write_png
+
+import data
+import losses
+import models
+
+matplotlib.use("Agg")  # draws to files, needs no screen
+import matplotlib.pyplot as plt  # noqa: E402
+
+CHECKPOINT = "autoencoder checkpoint, format 1"
+
+
+class UsageError(ValueError):
+    """Something that the user can put right; one line."""
+
+
+USER_ERRORS = UsageError, models.NotationError, data.DataError
+
+
+# ---------------------------------------------------------------- device and precision
+
+def pick_device(name):
+    """The device of that name; "auto" is CUDA where there is a GPU, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UsageError(f"--device {name}: not on this machine; expected auto, cpu or, with a GPU, "
+                         "cuda") from None
+    return device
+
+
+def pick_precision(name, device):
+    """"bf16" or "fp32"; "auto" is bf16 where the device computes it in hardware."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type == "cpu" and os.path.exists("/proc/cpuinfo"):
+        flags = Path("/proc/cpuinfo").read_text()
+        return "bf16" if re.search(r"\b(amx_bf16|avx512_bf16)\b", flags) else "fp32"
+    return "fp32"
+
+
+def autocast(device, precision):
+    """The context in which a network runs forward."""
+    if precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+# ---------------------------------------------------------------- checkpoints
+
+def write_whole(path, write):
+    """Calls write(temporary path) beside `path` and moves the result into place, so that a
+    file is either the old one or the new one, never a part."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    write(part)
+    os.replace(part, path)
+
+
+def write_json(path, content):
+    write_whole(path, lambda part: part.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def save_checkpoint(path, model, settings, classes, **more):
+    """Weights, notation and settings, and `more`: tensors and plain values only."""
+    content = {"kind": CHECKPOINT, "version": asdict(model.version), "classes": classes,
+               "settings": settings, "model": model.state_dict(), **more}
+    write_whole(path, lambda part: torch.save(content, part))
+
+
+def load_checkpoint(path):
+    """(model, the checkpoint's dict), on the CPU. Runs no code from the file. UsageError."""
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; expected a checkpoint such as outputs/v4/best.pt")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if content["kind"] != CHECKPOINT:
+            raise ValueError(f"its kind is {content['kind']!r}")
+        model = models.build(models.Version(**content["version"]),
+                             num_classes=len(content["classes"]))
+        model.load_state_dict(content["model"])
+    except Exception as error:  # a stranger's file fails in any way that it likes
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"{path}: not a checkpoint of train.py ({reason[:100]})") from None
+    return model.to(memory_format=torch.channels_last), content
+
+
+def load_data(settings):
+    """The Dataset that settings (a dict of train.py's) name, cut to their sizes."""
+    dataset = data.load(settings["dataset"], settings["data_dir"], settings["size"])
+    for part in ("train", "test"):
+        if settings[f"{part}_size"]:
+            try:
+                cut = data.take(getattr(dataset, part), settings[f"{part}_size"], settings["seed"])
+            except data.DataError as error:
+                raise UsageError(f"--{part}-size: {error}") from None
+            setattr(dataset, part, cut)
+    return dataset
+
+
+# ---------------------------------------------------------------- measuring
+
+@torch.no_grad()
+def measure(model, split, size=None, precision="fp32", classify=True, reconstruct=True,
+            batch_size=250):
+    """A model's losses and errors on a Split, as plain numbers in a dict.
+
+    classifier, autoencoder: the two losses (None where not asked for or not there).
+    accuracy: percent. confusion: counts, [true class][predicted class].
+    On pixels of 0-1, the reconstruction clamped to them as in a saved picture: mse, mae (per
+    value), psnr (dB, mean over the images), absolute_error_total (|x - x̂| added up over the
+    whole split) and absolute_error_per_image.
+    """
+    training = model.training
+    model.eval()
+    device, n = split.labels.device, len(split.labels)
+    classify = classify and model.classifier is not None
+    reconstruct = reconstruct and model.decoder is not None
+    sums = torch.zeros(5, device=device, dtype=torch.float64)
+    confusion = torch.zeros(model.num_classes ** 2, device=device, dtype=torch.int64)
+    for images, labels in data.batches(split, batch_size, size=size):
+        with autocast(device, precision):
+            logits, rebuilt = model(images, classify=classify, reconstruct=reconstruct)
+        if classify:
+            sums[0] += len(labels) * losses.classifier_loss(logits, labels)
+            cells = labels * model.num_classes + logits.argmax(1)
+            confusion += torch.bincount(cells, minlength=len(confusion))
+        if reconstruct:
+            sums[1] += len(labels) * losses.autoencoder_loss(rebuilt, images)
+            error = (data.to_pixels(rebuilt) - data.to_pixels(images)).flatten(1)
+            mse = error.square().mean(1)
+            sums[2] += mse.sum()
+            sums[3] += error.abs().sum()
+            sums[4] += -10 * mse.clamp(min=1e-10).log10().sum()
+    model.train(training)
+    total = sums[3].item()
+    cross_entropy, autoencoder, mse, absolute, psnr = (sums / n).tolist()
+    result = dict.fromkeys(["classifier", "accuracy", "confusion", "autoencoder", "mse", "mae", "psnr",
+                            "absolute_error_total", "absolute_error_per_image"])
+    if classify:
+        confusion = confusion.view(model.num_classes, -1)
+        result.update(classifier=cross_entropy, confusion=confusion.tolist(),
+                      accuracy=100 * confusion.trace().item() / n)
+    if reconstruct:
+        values = math.prod(model.version.in_shape)
+        result.update(autoencoder=autoencoder, mse=mse, mae=absolute / values, psnr=psnr,
+                      absolute_error_total=total, absolute_error_per_image=absolute)
+    return result
+
+
+def per_class(confusion, classes):
+    """Accuracy in percent by class name, from counts [true][predicted]; None without images."""
+    return {name: 100 * row[i] / sum(row) if sum(row) else None
+            for i, (name, row) in enumerate(zip(classes, confusion))}
+
+
+# ---------------------------------------------------------------- pictures
+
+def save_figure(figure, path):
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
+def _file_name(text):
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", text).strip("-") or "_"
+
+
+def _save_picture(pixels, path):
+    """Pixels (C, H, W) of 0-1 as a PNG of that very size."""
+    write_png((pixels * 255).round().to(torch.uint8).cpu(), str(path))
+
+
+@torch.no_grad()
+def rebuild(model, images, precision="fp32"):
+    """Normalised images -> (their pixels, the reconstruction's pixels), (B, C, H, W) of 0-1."""
+    model.eval()
+    with autocast(images.device, precision):
+        _, rebuilt = model(images, classify=False)
+    return data.to_pixels(images), data.to_pixels(rebuilt)
+
+
+def draw_reconstructions(model, dataset, folder, size=None, precision="fp32", note=""):
+    """recon.png: the first test image of each class above its reconstruction; and recon/ with
+    each pair as files <index>_<class>.png and <index>_<class>_recon.png."""
+    labels = dataset.test.labels.tolist()
+    chosen = [labels.index(label) for label in range(len(dataset.classes)) if label in labels]
+    raw = dataset.test.images[torch.tensor(chosen, device=dataset.test.images.device)]
+    originals, rebuilt = rebuild(model, data.normalise(raw, size), precision)
+    names = [dataset.classes[labels[index]] for index in chosen]
+
+    columns = min(10, len(chosen))
+    bands = math.ceil(len(chosen) / columns)
+    figure, axes = plt.subplots(2 * bands, columns, squeeze=False,
+                                figsize=(max(columns, 4), 2.15 * bands + 0.4))
+    for axis in axes.flat:
+        axis.axis("off")
+    for i, name in enumerate(names):
+        band, column = 2 * (i // columns), i % columns
+        axes[band, column].set_title(name, fontsize=8, pad=3)
+        for row, pixels in enumerate((originals[i], rebuilt[i])):
+            shown = pixels.permute(1, 2, 0).cpu().expand(-1, -1, 3)
+            axes[band + row, column].imshow(shown, interpolation="nearest")
+    figure.suptitle(f"{dataset.name}, test images: originals above, reconstructions below{note}",
+                    fontsize=10)
+    figure.subplots_adjust(wspace=0.06, hspace=0.06, top=1 - 0.55 / (2.15 * bands + 0.4))
+    save_figure(figure, folder / "recon.png")
+
+    (folder / "recon").mkdir(exist_ok=True)
+    for index, name, original, picture in zip(chosen, names, originals, rebuilt):
+        stem = f"{index}_{_file_name(name)}"
+        _save_picture(original, folder / "recon" / f"{stem}.png")
+        _save_picture(picture, folder / "recon" / f"{stem}_recon.png")
+
+
+def draw_confusion(confusion, classes, path, title):
+    """Counts [true][predicted] as a picture, in percent of each true class."""
+    counts = np.asarray(confusion, dtype=float)
+    share = 100 * counts / counts.sum(1, keepdims=True).clip(min=1)
+    few = len(classes) <= 20
+    side = 1.6 + 0.5 * len(classes) if few else 9
+    figure, axis = plt.subplots(figsize=(side + 1, side))
+    picture = axis.imshow(share, cmap="Greys", vmin=0, vmax=100)
+    if few:
+        axis.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+        axis.set_yticks(range(len(classes)), classes)
+        for (row, column), value in np.ndenumerate(share):
+            if value >= 0.05:
+                axis.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=7,
+                          color="white" if value > 55 else "black")
+    axis.set(xlabel="predicted class", ylabel="true class", title=title)
+    figure.colorbar(picture, label="% of the true class", fraction=0.046)
+    save_figure(figure, path)
+
+
+# ---------------------------------------------------------------- python evaluate.py
+
+def classify_pictures(model, content, paths, device, precision, folder):
+    """Prints each picture's most likely classes and saves it as the network saw it, with its
+    reconstruction. Returns a list of plain dicts, one for each picture."""
+    channels, height, width = model.version.in_shape
+    arrays = [data.read_image(path, channels, fit=(height, width)) for path in paths]
+    folder.mkdir(parents=True, exist_ok=True)
+    results = []
+    for i, (path, array) in enumerate(zip(paths, arrays)):
+        image = data.normalise(torch.from_numpy(array.copy()).permute(2, 0, 1)[None].to(device))
+        result = {"image": str(path)}
+        if content["settings"]["alpha"]:
+            with torch.no_grad(), autocast(device, precision):
+                logits, _ = model(image, reconstruct=False)
+            chances = logits[0].float().softmax(0)
+            best = chances.argsort(descending=True)[:3].tolist()
+            result["classes"] = {content["classes"][k]: chances[k].item() for k in best}
+            print(f"{path}: " + ", ".join(f"{name} {100 * chance:.1f}%"
+                                          for name, chance in result["classes"].items()))
+        if content["settings"]["beta"]:
+            original, rebuilt = rebuild(model, image, precision)
+            stem = folder / f"{i}_{_file_name(Path(path).stem)}"
+            _save_picture(original[0], f"{stem}.png")
+            _save_picture(rebuilt[0], f"{stem}_recon.png")
+            result["reconstruction"] = f"{stem}_recon.png"
+            print(f"{path}: reconstruction in {stem}_recon.png")
+        results.append(result)
+    return results
+
+
+def report(model, content, settings, precision, device, folder):
+    """Measures the checkpoint on the test images, draws, prints. Returns plain values."""
+    dataset = load_data(settings)
+    if len(dataset.classes) != len(content["classes"]):
+        raise UsageError(f"--dataset {settings['dataset']}: has {len(dataset.classes)} classes, the "
+                         f"checkpoint {len(content['classes'])}")
+    channels, height, width = model.version.in_shape
+    shape = dataset.test.images.shape[1:]
+    size = None if shape[1:] == (height, width) else height
+    if shape[0] != channels or (size and height != width):
+        raise UsageError(f"--dataset {settings['dataset']}: images of shape {tuple(shape)}, the "
+                         f"checkpoint's are {model.version.in_shape}")
+    dataset.test = data.Split(*(part.to(device) for part in dataset.test))
+    result = measure(model, dataset.test, size, precision, settings["alpha"] > 0,
+                     settings["beta"] > 0)
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"{settings['version']} after epoch {content['epoch']}, on {len(dataset.test.labels):,} test "
+          f"images of {dataset.name} ({dataset.source})")
+    if result["accuracy"] is not None:
+        print(f"accuracy                  {result['accuracy']:>10.2f} %")
+        result["per_class"] = per_class(result["confusion"], dataset.classes)
+        for name, value in result["per_class"].items():
+            print(f"  {name:<24}{value:>10.2f} %" if value is not None else f"  {name:<24}         -")
+        draw_confusion(result["confusion"], dataset.classes, folder / "confusion.png",
+                       f"{settings['version']} on {dataset.name}: accuracy {result['accuracy']:.2f} %")
+    if result["mse"] is not None:
+        print(f"reconstruction, on pixels of 0-1\n"
+              f"  MSE                     {result['mse']:>10.6f}\n"
+              f"  MAE                     {result['mae']:>10.5f}\n"
+              f"  PSNR                    {result['psnr']:>10.2f} dB\n"
+              f"  absolute error per image{result['absolute_error_per_image']:>10.2f}\n"
+              f"  absolute error in total {result['absolute_error_total']:>10.0f}")
+        draw_reconstructions(model, dataset, folder, size, precision)
+    elif model.decoder is not None:
+        print("reconstruction: none, the decoder was not trained (beta 0)")
+    return result
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description="Measures a checkpoint of train.py.", add_help=True)
+    parser.add_argument("--ckpt", required=True, help="the checkpoint, e.g. outputs/v4/best.pt")
+    parser.add_argument("--images", nargs="+", metavar="PICTURE",
+                        help="classify and rebuild these pictures, instead of the test images")
+    parser.add_argument("--dataset", help="another data set than the checkpoint's")
+    parser.add_argument("--data-dir", help="where named sets lie (default: where training found them)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
+    parser.add_argument("--output", help="where the report goes (default: a folder evaluation-best "
+                        "beside best.pt)")
+    parser.error = lambda message: stop("evaluate.py", message)
+    args = parser.parse_args(argv)
+    try:
+        model, content = load_checkpoint(args.ckpt)
+        device = pick_device(args.device)
+        precision = pick_precision("auto", device)
+        settings = dict(content["settings"])
+        if settings["precision"] == "fp32":
+            precision = "fp32"
+        settings["dataset"] = args.dataset or settings["dataset"]
+        settings["data_dir"] = args.data_dir or settings["data_dir"]
+        model = model.to(device).eval()
+        folder = Path(args.output or Path(args.ckpt).parent / f"evaluation-{Path(args.ckpt).stem}")
+        if args.images:
+            result = classify_pictures(model, content, args.images, device, precision, folder)
+            write_json(folder / "images.json", result)
+        else:
+            result = report(model, content, settings, precision, device, folder)
+            write_json(folder / "report.json", result)
+    except USER_ERRORS as error:
+        stop("evaluate.py", error)
+    print(f"saved in {folder}: {' '.join(sorted(each.name for each in folder.iterdir()))}")
+    return 0
+
+
+def stop(program, message):
+    """Ends the program with one line on stderr and status 2."""
+    print(f"{program}: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
