@@ -9,13 +9,12 @@
 classes and counts and saves a sheet of samples. This file needs torch, torchvision and numpy.
 """
 import argparse
+import contextlib
 import math
-import os
 import socket
 import sys
 import time
 import warnings
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +24,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as TF
+from torchvision.utils import make_grid
 
 
 class DataError(ValueError):
@@ -119,37 +119,34 @@ def _named(name, data_dir, size):
     except ModuleNotFoundError as error:
         raise DataError(f"{name}: torchvision reads it with {error.name}, which is not installed: "
                         f"pip install {error.name}") from None
-    folder = Path(data_dir, name)
+    root, folder = Path(data_dir), Path(data_dir, name)
     if (folder / "train").is_dir():
         return _folder(folder, size)
 
-    made = not Path(data_dir).exists()
+    places = root / make.__name__ / "raw", root / make.__name__, root, *root.parents
+    made = [place for place in places if not place.exists()]
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)  # a network that swallows everything is answered, too
     try:
-        with redirect_stdout(sys.stderr):
-            return read(download=True)
+        return read(download=True)
     except (OSError, RuntimeError) as error:
-        _remove_empty(Path(data_dir), made)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{name} is neither in {data_dir}/ nor in {folder}/train, and could not be "
-                        f"downloaded ({reason}); --data-dir names another place, --dataset shapes "
-                        "needs none") from None
+        for place in made:  # a failed download leaves no empty folders
+            with contextlib.suppress(OSError):
+                place.rmdir()
+        raise DataError(f"{name} is neither in {root}/ nor in {folder}/train, and could not be "
+                        f"downloaded ({' '.join(str(error).split())[:80]}); --data-dir names another "
+                        "place, --dataset shapes needs none") from None
     finally:
         socket.setdefaulttimeout(timeout)
 
 
-def _remove_empty(folder, itself):
-    """Removes the empty folders that a failed download left below a folder."""
-    for place, _, _ in os.walk(folder, topdown=False):
-        if (itself or place != str(folder)) and not os.listdir(place):
-            os.rmdir(place)
-
-
 # ---------------------------------------------------------------- folders and .npz
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
 CHUNK = 250  # images that a reading process hands over at a time
+
+
+class _Unequal(DataError):
+    """Pictures of different sizes, which --size can bring together."""
 
 
 def read_image(path, channels=3, fit=None):
@@ -182,139 +179,123 @@ def read_image(path, channels=3, fit=None):
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
-class _Reader(torch.utils.data.Dataset):
-    """Chunks of picture files as one array each, for a DataLoader's worker processes.
-
-    A chunk comes back as (array, None), or as (None, what was wrong): an exception raised in
-    a worker would reach the user as a page of traceback.
-    """
-
-    def __init__(self, paths, shape, fit):
-        self.paths, self.shape, self.fit = paths, shape, fit
-
-    def __len__(self):
-        return math.ceil(len(self.paths) / CHUNK)
-
-    def __getitem__(self, i):
-        paths = self.paths[i * CHUNK:(i + 1) * CHUNK]
-        array = np.empty((len(paths), *self.shape), np.uint8)
+def _read_chunk(job):
+    """Picture files as one array, in a worker process: (array, None), or (None, the error),
+    for an exception raised in a worker would reach the user as a page of traceback."""
+    paths, shape, fit = job
+    array = np.empty((len(paths), *shape), np.uint8)
+    for image, path in zip(array, paths):
         try:
-            for image, path in zip(array, paths):
-                pixels = read_image(path, self.shape[2], self.shape[:2] if self.fit else None)
-                if pixels.shape != self.shape:
-                    return None, path
-                image[:] = pixels
+            pixels = read_image(path, fit=shape[:2] if fit else None)
         except DataError as error:
             return None, error
-        return array, None
+        if pixels.shape[:2] != shape[:2]:
+            return None, _Unequal(f"{path}: is not {shape[1]}x{shape[0]} as the first picture is; "
+                                  "--size N scales and crops every picture to NxN")
+        if shape[2] == 1 and _coloured(pixels):
+            return None, DataError(f"{path}: is in colour, the first picture of each class is grey; "
+                                   "expected all of one kind")
+        image[:] = pixels[..., :shape[2]]
+    return array, None
 
 
-def _as_it_is(chunk):
-    return chunk
+def _coloured(pixels):
+    return bool((pixels != pixels[..., :1]).any())
+
+
+def _read_all(paths, shape, fit, folder):
+    """All files as one (N, H, W, C) uint8 array, read by all cores. DataError."""
+    images, done, start = np.empty((len(paths), *shape), np.uint8), 0, time.time()
+    jobs = [(paths[i:i + CHUNK], shape, fit) for i in range(0, len(paths), CHUNK)]
+    # A DataLoader calls collate_fn in its workers, and keeps the order.
+    loader = torch.utils.data.DataLoader(jobs, batch_size=None, collate_fn=_read_chunk,
+                                         num_workers=torch.get_num_threads() if len(jobs) > 4 else 0)
+    line = "\rreading " if sys.stderr.isatty() else ""
+    for array, error in loader:
+        if error:
+            raise error
+        images[done:done + len(array)] = array
+        done += len(array)
+        if line:
+            print(f"{line}{folder}: {done:,} of {len(paths):,} images", end="", file=sys.stderr)
+    print(f"{line}{folder}: {done:,} images read in {time.time() - start:.1f} s", file=sys.stderr)
+    return images
 
 
 def _folder(folder, size):
-    """An image folder: train/<class>/* and test/<class>/*, read by all cores."""
-    paths, labels, classes = [], [], {}
+    """An image folder: train/<class>/* and test/<class>/*, pictures at any depth below."""
+    paths, labels, counts, classes = [], [], [], None
     for part in ("train", "test"):
         if not (folder / part).is_dir():
             raise DataError(f"{folder}: has no folder {part}/; expected train/<class>/* and "
                             "test/<class>/*")
-        classes[part] = sorted(each.name for each in (folder / part).iterdir()
-                               if each.is_dir() and not each.name.startswith("."))
-        if classes[part] != classes["train"] or not classes[part]:
-            odd = sorted(set(classes[part]) ^ set(classes["train"]))
-            raise DataError(f"{folder}/{part}: expected the same class folders as in train/, at "
-                            f"least one" + (f"; {', '.join(odd[:5])} is in one of them only" * bool(odd)))
-        for label, name in enumerate(classes[part]):
-            files = sorted(str(each) for each in (folder / part / name).iterdir()
-                           if each.suffix.lower() in SUFFIXES and not each.name.startswith("."))
-            if not files:
-                raise DataError(f"{folder / part / name}: has no picture "
-                                f"({' '.join(sorted(SUFFIXES))})")
-            paths += files
-            labels += [label] * len(files)
-        if part == "train":
-            train = len(paths)
-    # Grey only where the first picture of every class is.
-    first = [paths[labels.index(label)] for label in range(len(classes["train"]))]
-    grey = all(bool((pixels == pixels[..., :1]).all()) for pixels in map(read_image, first))
-    shape = (*read_image(paths[0]).shape[:2], 1 if grey else 3)
-    images, other = _read_all(paths, shape, False, folder)
-    if other is not None:
+        names = sorted(each.name for each in (folder / part).iterdir()
+                       if each.is_dir() and not each.name.startswith("."))
+        classes = names if classes is None else classes
+        if names != classes or not names:
+            odd = ", ".join(sorted(set(names) ^ set(classes))[:5])
+            raise DataError(f"{folder / part}: expected a folder for each class, the same in train/ "
+                            "and test/" + f"; only one of them has {odd}" * bool(odd))
+        try:
+            samples = datasets.folder.make_dataset(folder / part, dict(zip(names, range(len(names)))),
+                                                   datasets.folder.IMG_EXTENSIONS)
+        except FileNotFoundError as error:
+            raise DataError(f"{folder / part}: {str(error).strip()}") from None
+        paths += [path for path, _ in samples]
+        labels += [label for _, label in samples]
+        counts.append(len(samples))
+    firsts = [read_image(paths[labels.index(label)]) for label in range(len(classes))]
+    channels = 3 if any(map(_coloured, firsts)) else 1
+    try:
+        images = _read_all(paths, (*firsts[0].shape[:2], channels), False, folder)
+    except _Unequal:
         if size is None:
-            raise DataError(f"{other}: is not {shape[1]}x{shape[0]} as {paths[0]} is; --size N "
-                            "scales and crops every picture to NxN")
-        images, _ = _read_all(paths, (size, size, shape[2]), True, folder)
-    images, labels = torch.from_numpy(images).permute(0, 3, 1, 2), torch.tensor(labels)
-    return Dataset(folder.name, f"{folder} (image folder)", classes["train"],
-                   _split(images[:train], labels[:train]), _split(images[train:], labels[train:]))
-
-
-def _read_all(paths, shape, fit, folder):
-    """All files as (N, H, W, C) uint8 and None, or (None, path) of the first that differs."""
-    images, done, start = np.empty((len(paths), *shape), np.uint8), 0, time.time()
-    cores = torch.get_num_threads() if len(paths) > 4 * CHUNK else 0
-    loader = torch.utils.data.DataLoader(_Reader(paths, shape, fit), batch_size=None,
-                                         num_workers=cores, collate_fn=_as_it_is)
-    for array, wrong in loader:
-        if isinstance(wrong, DataError):
-            raise wrong
-        if wrong is not None:
-            return None, wrong
-        images[done:done + len(array)] = array
-        done += len(array)
-        if sys.stderr.isatty():
-            print(f"\rreading {folder}: {done:,} of {len(paths):,} images", end="", file=sys.stderr)
-    print(f"{chr(13) * sys.stderr.isatty()}read {folder}: {done:,} images in "
-          f"{time.time() - start:.1f} s{'':<20}".rstrip("\n"), file=sys.stderr)
-    return images, None
+            raise
+        images = _read_all(paths, (size, size, channels), True, folder)
+    images = torch.from_numpy(images).permute(0, 3, 1, 2).split(counts)
+    return Dataset(folder.name, f"{folder} (image folder)", classes,
+                   *map(_split, images, torch.tensor(labels).split(counts)))
 
 
 def _npz(path):
     """An .npz of x_train, y_train, x_test, y_test (and `classes`, their names, if it has it)."""
+    keys = "x_train", "y_train", "x_test", "y_test"
     try:
         with np.load(path, allow_pickle=False) as file:
-            keys = {"x_train", "y_train", "x_test", "y_test"}
-            if keys - set(file):
-                raise DataError(f"{path}: has no {', '.join(sorted(keys - set(file)))}; expected "
-                                "x_train, y_train, x_test and y_test")
             arrays = {key: file[key] for key in file}
-    except DataError:
-        raise
     except Exception as error:  # zipfile, zlib and numpy each have their own
         raise DataError(f"{path}: cannot be read as an .npz of plain arrays ({error})") from None
-    splits = []
-    count = None
+    if not set(keys) <= set(arrays):
+        raise DataError(f"{path}: has {' '.join(arrays) or 'nothing'}; expected {' '.join(keys)}")
+    splits, count = [], None
     for part in ("train", "test"):
-        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"].squeeze()
-        if x.dtype != np.uint8 or x.ndim not in (3, 4):
-            raise DataError(f"{path}: x_{part} is {x.dtype} of shape {x.shape}; expected uint8 "
-                            "(N, H, W), (N, H, W, C) or (N, C, H, W)")
+        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
         if x.ndim == 3:
             x = x[:, None]
-        elif x.shape[-1] in (1, 3):
+        elif x.ndim == 4 and x.shape[-1] in (1, 3):
             x = x.transpose(0, 3, 1, 2)
-        if x.shape[1] not in (1, 3):
-            raise DataError(f"{path}: x_{part} of shape {x.shape}; expected 1 or 3 channels")
-        if y.shape != (len(x),) or y.dtype.kind not in "iu" or not len(x):
+        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1] not in (1, 3):
+            raise DataError(f"{path}: x_{part} is {x.dtype} of shape {arrays[f'x_{part}'].shape}; "
+                            "expected uint8 (N, H, W), (N, H, W, C) or (N, C, H, W), 1 or 3 channels")
+        if y.dtype.kind not in "iu" or y.size != len(x) or not len(x):
             raise DataError(f"{path}: y_{part} is {y.dtype} of shape {y.shape}; expected a whole "
-                            f"number for each of the {len(x)} images")
+                            f"number for each of {len(x)} images")
         count = count or int(y.max()) + 1
-        if y.min() < 0 or y.max() >= count:
-            raise DataError(f"{path}: y_{part} has the label {y.min() if y.min() < 0 else y.max()}; "
-                            f"expected 0 to {count - 1}, the labels of y_train")
-        splits.append(_split(x.copy(), y.astype(np.int64)))
-    missing = sorted(set(range(count)) - set(splits[0].labels.tolist()))
-    if missing:
-        raise DataError(f"{path}: y_train has no image of label {missing[0]}; expected each label "
-                        f"from 0 to {count - 1}")
-    if splits[0].images.shape[1:] != splits[1].images.shape[1:]:
-        raise DataError(f"{path}: x_train and x_test differ in the shape of their images: "
-                        f"{tuple(splits[0].images.shape[1:])}, {tuple(splits[1].images.shape[1:])}")
+        present = np.unique(y)
+        wrong = [label for label in present.tolist() if not 0 <= label < count]
+        if wrong:
+            raise DataError(f"{path}: y_{part} has the label {wrong[0]}; expected 0 to {count - 1}, "
+                            "the labels of y_train")
+        if part == "train" and len(present) < count:
+            gap = min(set(range(count)) - set(present.tolist()))
+            raise DataError(f"{path}: y_train has no image of label {gap}; expected each label from "
+                            f"0 to {count - 1}")
+        splits.append(_split(x.copy(), y.reshape(-1).astype(np.int64)))
+    shapes_of = [tuple(split.images.shape[1:]) for split in splits]
     classes = [str(each) for each in arrays.get("classes", range(count))]
-    if len(classes) != count:
-        raise DataError(f"{path}: classes has {len(classes)} names; expected {count}")
+    if shapes_of[0] != shapes_of[1] or len(classes) != count:
+        raise DataError(f"{path}: x_train and x_test have images of {shapes_of[0]} and {shapes_of[1]}, "
+                        f"classes {len(classes)} names; expected one shape and {count} names")
     return Dataset(path.stem, f"{path} (.npz)", classes, *splits)
 
 
@@ -503,20 +484,21 @@ def main(argv):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    names = dataset.classes[:20]
-    figure, axes = plt.subplots(len(names), 10, figsize=(8, 0.72 * len(names) + 0.5), squeeze=False)
-    figure.suptitle(f"{dataset.name}: ten training images of each class")
-    for label, row in enumerate(axes):
-        images = dataset.train.images[dataset.train.labels == label][:10].permute(0, 2, 3, 1)
-        for axis in row:
-            axis.axis("off")
-        for axis, image in zip(row, images):
-            axis.imshow(image.expand(-1, -1, 3))
-        row[0].set_title(names[label], loc="left", fontsize=8, pad=2)
+    rows, (_, height, _) = dataset.classes[:20], dataset.train.images.shape[1:]
+    images = []
+    for label in range(len(rows)):
+        own = dataset.train.images[dataset.train.labels == label][:10]
+        images += [*own, *[torch.full_like(own[0], 255)] * (10 - len(own))]
+    grid = make_grid(images, nrow=10, padding=2, pad_value=255)
+    figure, axis = plt.subplots(figsize=(8, 0.4 + 7 * grid.shape[1] / grid.shape[2]))
+    axis.imshow(grid.permute(1, 2, 0).numpy())
+    axis.set_title(f"{dataset.name}: ten training images of each class")
+    axis.set_xticks([])
+    axis.set_yticks([(height + 2) * (row + 0.5) for row in range(len(rows))], rows)
+    axis.spines[:].set_visible(False)
     path = Path(args.output, f"{dataset.name}_samples.png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
     print(f"saved {path}")
     return 0
 
