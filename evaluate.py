@@ -13,13 +13,14 @@ import math
 import os
 import re
 import sys
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
-from torchvision.io import write_png
+from torchvision.utils import save_image
 
 import data
 import losses
@@ -29,6 +30,9 @@ matplotlib.use("Agg")  # draws to files, needs no screen
 import matplotlib.pyplot as plt  # noqa: E402
 
 CHECKPOINT = "autoencoder checkpoint, format 1"
+# What of train.py's settings an evaluation needs.
+SETTINGS = ("version", "dataset", "data_dir", "size", "train_size", "test_size", "alpha", "beta",
+            "seed", "precision")
 
 
 class UsageError(ValueError):
@@ -79,8 +83,11 @@ def write_whole(path, write):
     file is either the old one or the new one, never a part."""
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
-    write(part)
-    os.replace(part, path)
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_json(path, content):
@@ -100,9 +107,13 @@ def load_checkpoint(path):
     if not path.is_file():
         raise UsageError(f"{path}: no such file; expected a checkpoint such as outputs/v4/best.pt")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one line is enough about a file that is none
+            content = torch.load(path, map_location="cpu", weights_only=True)
         if content["kind"] != CHECKPOINT:
             raise ValueError(f"its kind is {content['kind']!r}")
+        settings = content["settings"]
+        content["settings"] = {key: settings[key] for key in SETTINGS}
         model = models.build(models.Version(**content["version"]),
                              num_classes=len(content["classes"]))
         model.load_state_dict(content["model"])
@@ -192,11 +203,6 @@ def _file_name(text):
     return re.sub(r"[^A-Za-z0-9.-]+", "-", text).strip("-") or "_"
 
 
-def _save_picture(pixels, path):
-    """Pixels (C, H, W) of 0-1 as a PNG of that very size."""
-    write_png((pixels * 255).round().to(torch.uint8).cpu(), str(path))
-
-
 @torch.no_grad()
 def rebuild(model, images, precision="fp32"):
     """Normalised images -> (their pixels, the reconstruction's pixels), (B, C, H, W) of 0-1."""
@@ -225,7 +231,7 @@ def draw_reconstructions(model, dataset, folder, size=None, precision="fp32", no
         band, column = 2 * (i // columns), i % columns
         axes[band, column].set_title(name, fontsize=8, pad=3)
         for row, pixels in enumerate((originals[i], rebuilt[i])):
-            shown = pixels.permute(1, 2, 0).cpu().expand(-1, -1, 3)
+            shown = pixels.permute(1, 2, 0).expand(-1, -1, 3).cpu().numpy()
             axes[band + row, column].imshow(shown, interpolation="nearest")
     figure.suptitle(f"{dataset.name}, test images: originals above, reconstructions below{note}",
                     fontsize=10)
@@ -235,8 +241,8 @@ def draw_reconstructions(model, dataset, folder, size=None, precision="fp32", no
     (folder / "recon").mkdir(exist_ok=True)
     for index, name, original, picture in zip(chosen, names, originals, rebuilt):
         stem = f"{index}_{_file_name(name)}"
-        _save_picture(original, folder / "recon" / f"{stem}.png")
-        _save_picture(picture, folder / "recon" / f"{stem}_recon.png")
+        save_image(original, folder / "recon" / f"{stem}.png")
+        save_image(picture, folder / "recon" / f"{stem}_recon.png")
 
 
 def draw_confusion(confusion, classes, path, title):
@@ -282,8 +288,8 @@ def classify_pictures(model, content, paths, device, precision, folder):
         if content["settings"]["beta"]:
             original, rebuilt = rebuild(model, image, precision)
             stem = folder / f"{i}_{_file_name(Path(path).stem)}"
-            _save_picture(original[0], f"{stem}.png")
-            _save_picture(rebuilt[0], f"{stem}_recon.png")
+            save_image(original[0], f"{stem}.png")
+            save_image(rebuilt[0], f"{stem}_recon.png")
             result["reconstruction"] = f"{stem}_recon.png"
             print(f"{path}: reconstruction in {stem}_recon.png")
         results.append(result)
@@ -300,8 +306,8 @@ def report(model, content, settings, precision, device, folder):
     shape = dataset.test.images.shape[1:]
     size = None if shape[1:] == (height, width) else height
     if shape[0] != channels or (size and height != width):
-        raise UsageError(f"--dataset {settings['dataset']}: images of shape {tuple(shape)}, the "
-                         f"checkpoint's are {model.version.in_shape}")
+        raise UsageError(f"--dataset {settings['dataset']}: has images of {'x'.join(map(str, shape))}, "
+                         f"the checkpoint takes {channels}x{height}x{width}")
     dataset.test = data.Split(*(part.to(device) for part in dataset.test))
     result = measure(model, dataset.test, size, precision, settings["alpha"] > 0,
                      settings["beta"] > 0)
@@ -329,7 +335,7 @@ def report(model, content, settings, precision, device, folder):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description="Measures a checkpoint of train.py.", add_help=True)
+    parser = argparse.ArgumentParser(description="Measures a checkpoint of train.py.")
     parser.add_argument("--ckpt", required=True, help="the checkpoint, e.g. outputs/v4/best.pt")
     parser.add_argument("--images", nargs="+", metavar="PICTURE",
                         help="classify and rebuild these pictures, instead of the test images")
@@ -344,22 +350,27 @@ def main(argv):
         model, content = load_checkpoint(args.ckpt)
         device = pick_device(args.device)
         precision = pick_precision("auto", device)
-        settings = dict(content["settings"])
+        settings = content["settings"]
         if settings["precision"] == "fp32":
             precision = "fp32"
-        settings["dataset"] = args.dataset or settings["dataset"]
-        settings["data_dir"] = args.data_dir or settings["data_dir"]
+        if args.dataset:
+            settings |= {"dataset": args.dataset, "test_size": None}
+        if args.data_dir or not Path(settings["data_dir"]).is_dir():
+            settings["data_dir"] = args.data_dir or "data"
+        settings["train_size"] = None  # the training images are not looked at
         model = model.to(device).eval()
         folder = Path(args.output or Path(args.ckpt).parent / f"evaluation-{Path(args.ckpt).stem}")
         if args.images:
+            folder /= "images"
             result = classify_pictures(model, content, args.images, device, precision, folder)
-            write_json(folder / "images.json", result)
         else:
             result = report(model, content, settings, precision, device, folder)
-            write_json(folder / "report.json", result)
+        write_json(folder / "report.json", result)
     except USER_ERRORS as error:
         stop("evaluate.py", error)
-    print(f"saved in {folder}: {' '.join(sorted(each.name for each in folder.iterdir()))}")
+    except OSError as error:
+        stop("evaluate.py", f"{error.filename}: {error.strerror}")
+    print(f"saved in {folder}")
     return 0
 
 

@@ -1,0 +1,204 @@
+"""Measures against their formulas by hand, checkpoints, and the command itself."""
+import json
+import math
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import data
+import evaluate
+import models
+import train
+
+
+class Fixed(nn.Module):
+    """Logits and reconstructions that a test has chosen, in the order of the images."""
+
+    def __init__(self, logits, rebuilt):
+        super().__init__()
+        self.classifier, self.decoder = logits, rebuilt
+        self.num_classes, self.version = logits.shape[1], models.Version("", in_shape=rebuilt.shape[1:])
+        self.seen = 0
+
+    def forward(self, images, classify, reconstruct):
+        now = slice(self.seen, self.seen + len(images))
+        self.seen += len(images)
+        return self.classifier[now], self.decoder[now]
+
+
+def test_measures_by_hand():
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (5, 3, 4, 6), dtype=torch.uint8)
+    labels = torch.tensor([0, 1, 2, 1, 1])
+    logits, rebuilt = torch.randn(5, 3), 2 * torch.randn(5, 3, 4, 6)
+    result = evaluate.measure(Fixed(logits, rebuilt), data._split(images, labels), batch_size=2)
+
+    pixels = images.double() / 255
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (data.MEAN, data.STD))
+    error = (rebuilt.double() * std + mean).clamp(0, 1) - pixels
+    per_image = [(e ** 2).mean().item() for e in error]
+    expected = {
+        "mse": sum(per_image) / 5,
+        "mae": error.abs().mean().item(),
+        "psnr": sum(10 * math.log10(1 / e) for e in per_image) / 5,
+        "absolute_error_total": error.abs().sum().item(),
+        "absolute_error_per_image": error.abs().sum().item() / 5,
+        "autoencoder": ((rebuilt - (pixels - mean) / std) ** 2).mean().item(),
+        "classifier": -sum(row.log_softmax(0)[label].item() for row, label in zip(logits, labels)) / 5,
+        "accuracy": 20 * sum(row.argmax().item() == label for row, label in zip(logits, labels.tolist()))}
+    for key, value in expected.items():
+        assert result[key] == pytest.approx(value, rel=1e-4), key
+    confusion = np.zeros((3, 3), int)
+    for row, label in zip(logits, labels):
+        confusion[label, row.argmax()] += 1
+    assert result["confusion"] == confusion.tolist()
+    shares = evaluate.per_class(result["confusion"], ["a", "b", "c"])
+    assert shares["b"] == pytest.approx(100 * confusion[1, 1] / 3)
+
+
+def test_a_perfect_reconstruction_has_no_error():
+    images = torch.randint(0, 256, (4, 1, 5, 5), dtype=torch.uint8)
+    split = data._split(images, torch.zeros(4, dtype=torch.int64))
+    result = evaluate.measure(Fixed(torch.zeros(4, 2), data.normalise(images)), split)
+    assert result["absolute_error_total"] == 0 and result["psnr"] == 100  # the cap for mse 0
+
+
+def test_measuring_is_the_same_in_every_batch_size_and_leaves_the_mode():
+    split = data.shapes(train=8, test=30).test
+    model = models.build("v4").train()
+    a, b = (evaluate.measure(model, split, batch_size=size) for size in (7, 30))
+    assert model.training
+    assert a["confusion"] == b["confusion"]
+    assert a["mse"] == pytest.approx(b["mse"], rel=1e-5)
+
+
+# ---------------------------------------------------------------- the command
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A small data set on disk and a run on it: (npz, run folder)."""
+    root = tmp_path_factory.mktemp("trained")
+    dataset = data.shapes(train=60, test=30)
+    np.savez(root / "tiny.npz", x_train=dataset.train.images, y_train=dataset.train.labels,
+             x_test=dataset.test.images, y_test=dataset.test.labels, classes=np.array(data.SHAPES))
+    assert train.main(["--version", "v3", "--dataset", str(root / "tiny.npz"), "--epochs", "2",
+                       "--test-size", "20", "--output", str(root), "--device", "cpu"]) == 0
+    return root / "tiny.npz", root / "v3_dataset-tiny_test-size20_epochs2"
+
+
+def test_the_checkpoint_alone_gives_the_figures_of_its_training(trained, capsys, monkeypatch, tmp_path):
+    npz, folder = trained
+    monkeypatch.chdir(tmp_path)  # from another folder than the training's
+    assert evaluate.main(["--ckpt", str(folder / "last.pt"), "--device", "cpu"]) == 0
+    report = json.loads((folder / "evaluation-last" / "report.json").read_text())
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert report["accuracy"] == metrics["accuracy"]["last"]
+    assert sum(map(sum, report["confusion"])) == 20  # --test-size, with the run's seed
+    for key, value in metrics["reconstruction"].items():
+        assert report[key] == pytest.approx(value, rel=1e-6)
+    assert report["per_class"] == metrics["per_class_accuracy"]
+    for name in ("confusion.png", "recon.png"):
+        assert min(Image.open(folder / "evaluation-last" / name).size) > 200
+    out = capsys.readouterr().out
+    assert f"{metrics['accuracy']['last']:.2f} %" in out and "PSNR" in out
+    assert list(tmp_path.iterdir()) == []  # nothing in the folder it was called from
+
+
+def test_pictures_by_path(trained, capsys, tmp_path):
+    npz, folder = trained
+    with np.load(npz) as arrays:
+        square = arrays["x_test"][2].transpose(1, 2, 0)
+    Image.fromarray(square).save(tmp_path / "square.png")
+    Image.new("L", (50, 40), 77).save(tmp_path / "grey.jpg")
+    assert evaluate.main(["--ckpt", str(folder / "best.pt"), "--output", str(tmp_path / "out"), "--device",
+                          "cpu", "--images", str(tmp_path / "square.png"), str(tmp_path / "grey.jpg")]) == 0
+    report = json.loads((tmp_path / "out/images/report.json").read_text())
+    model, _ = evaluate.load_checkpoint(folder / "best.pt")
+    image = data.normalise(torch.from_numpy(square.copy()).permute(2, 0, 1)[None])
+    precision = evaluate.pick_precision("auto", torch.device("cpu"))
+    with torch.no_grad(), evaluate.autocast(torch.device("cpu"), precision):
+        chances = model.eval()(image)[0][0].float().softmax(0)
+    best = chances.argmax().item()
+    name, chance = next(iter(report[0]["classes"].items()))
+    assert name == data.SHAPES[best] and chance == pytest.approx(chances[best].item(), rel=1e-3)
+    assert f"square.png: {name} {100 * chance:.1f}%" in capsys.readouterr().out
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out/images/0_square.png")), square)
+    assert Image.open(tmp_path / "out/images/1_grey_recon.png").size == (32, 32)
+
+
+class Payload:
+    """A pickle that runs code when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_wrong_checkpoints_and_pictures_are_answered_in_one_line(trained, tmp_path, capsys):
+    npz, folder = trained
+    good = str(folder / "best.pt")
+    content = torch.load(good, weights_only=True)
+    ran = tmp_path / "code-was-run"
+
+    def saved(name, value):
+        torch.save(value, tmp_path / name)
+        return str(tmp_path / name)
+
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "cut.pt").write_bytes((folder / "best.pt").read_bytes()[:5000])
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Payload(str(ran))))
+    other = dict(content, model=models.build("v2").state_dict())
+    np.savez(tmp_path / "grey.npz", x_train=np.zeros((10, 32, 32), np.uint8), y_train=np.arange(10),
+             x_test=np.zeros((10, 32, 32), np.uint8), y_test=np.arange(10))
+    np.savez(tmp_path / "two.npz", x_train=np.zeros((2, 32, 32, 3), np.uint8), y_train=np.arange(2),
+             x_test=np.zeros((2, 32, 32, 3), np.uint8), y_test=np.arange(2))
+    for argv, expected in [
+            ([], "required: --ckpt"),
+            (["--ckpt", str(tmp_path / "none.pt")], "none.pt: no such file"),
+            (["--ckpt", str(folder)], "no such file"),
+            (["--ckpt", str(tmp_path / "text.pt")], "text.pt: not a checkpoint"),
+            (["--ckpt", str(tmp_path / "cut.pt")], "cut.pt: not a checkpoint"),
+            (["--ckpt", str(tmp_path / "plain.pt")], "plain.pt: not a checkpoint"),
+            (["--ckpt", saved("code.pt", Payload(str(ran)))], "code.pt: not a checkpoint"),
+            (["--ckpt", saved("weights.pt", content["model"])], "weights.pt: not a checkpoint"),
+            (["--ckpt", saved("list.pt", [1, 2])], "list.pt: not a checkpoint"),
+            (["--ckpt", saved("other.pt", other)], "other.pt: not a checkpoint"),
+            (["--ckpt", saved("bad.pt", dict(content, version={"encoder": "C(?)"}))], "token 1 'C(?)'"),
+            (["--ckpt", saved("settings.pt", dict(content, settings={}))], "not a checkpoint"),
+            (["--ckpt", good, "--images", str(tmp_path / "text.pt")], "text.pt: not a picture"),
+            (["--ckpt", good, "--images", str(tmp_path / "none.png")], "none.png: cannot be read"),
+            (["--ckpt", good, "--dataset", str(tmp_path / "none")], "no data set"),
+            (["--ckpt", good, "--dataset", str(tmp_path / "two.npz")], "has 2 classes, the checkpoint 10"),
+            (["--ckpt", good, "--dataset", str(tmp_path / "grey.npz")], "images of 1x32x32"),
+            (["--ckpt", good, "--device", "warp"], "--device warp"),
+            (["--ckpt", good, "--output", str(npz)], "tiny.npz")]:
+        with pytest.raises(SystemExit) as end:
+            evaluate.main(argv if "--output" in argv else [*argv, "--output", str(tmp_path / "out")])
+        error = capsys.readouterr().err
+        assert end.value.code == 2, argv
+        assert expected in error and error.startswith("evaluate.py: error: "), (argv, error)
+        assert error.count("\n") == 1, error
+        assert not (tmp_path / "out").exists(), argv
+    assert not ran.exists()
+
+
+# ---------------------------------------------------------------- files
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.json"
+    evaluate.write_json(path, {"a": 1})
+
+    def fail_half_way(part):
+        part.write_text("half")
+        raise OSError("disk full")
+    with pytest.raises(OSError):
+        evaluate.write_whole(path, fail_half_way)
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
