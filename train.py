@@ -9,6 +9,7 @@ folder: config.json, log.csv, metrics.json, curves.png, recon.png, recon/, best.
 """
 import argparse
 import csv
+import itertools
 import math
 import os
 import platform
@@ -220,33 +221,37 @@ def summarise(rows, tested, model, dataset):
                      "seconds_per_epoch": seconds, "images_per_second": len(dataset.train.labels) / seconds}
 
 
-def run_name(version, recipe, chosen):
-    """The version and whatever differs from its recipe: v4_beta0, v4_dataset-shapes."""
-    parts = [version]
-    for key, value in chosen.items():
-        if value != recipe.get(key):
-            text = f"{value:g}" if isinstance(value, float) else str(value)
-            text = re.sub(r"[^A-Za-z0-9.-]+", "-", text.replace("'", "p")).strip("-")
-            flag = key.replace("_", "-")
-            if value is True or value is False:
-                parts.append(flag if value else f"no-{flag}")
-            else:
-                parts.append(f"{flag}{text}" if re.match(r"[\d.]", text) else f"{flag}-{text}")
+def run_name(s, recipe):
+    """The version and whatever of the settings differs from its recipe: v4_beta0,
+    v4_dataset-shapes, v4_no-decoder."""
+    usual = {"seed": 0, "precision": "auto", "no_decoder": False} | recipe
+    if s.no_decoder:
+        usual["beta"] = 0.0
+    parts = [s.version]
+    for key in ("dataset", "size", "train_size", "test_size", "encoder", "classifier", "no_decoder",
+                "flip", "alpha", "beta", "gamma", "optimizer", "lr", "momentum", "weight_decay",
+                "lr_step", "lr_decay", "epochs", "batch_size", "precision", "seed"):
+        value, flag = getattr(s, key), key.replace("_", "-")
+        if value == usual.get(key):
+            continue
+        text = f"{value:g}" if isinstance(value, float) else str(value).replace("'", "p")
+        text = re.sub(r"[^A-Za-z0-9.-]+", "-", text).strip("-")
+        parts.append({True: flag, False: f"no-{flag}"}[value] if isinstance(value, bool) else
+                     f"{flag}{text}" if text[:1].isdigit() else f"{flag}-{text}")
     return "_".join(parts)[:120]
 
 
 def make_folder(output, name):
     """A new folder for a run: output/name, or with a number where that is taken."""
-    for count in range(1, 10_000):
+    for count in itertools.count(1):
         folder = Path(output, name if count == 1 else f"{name}_run{count}")
         try:
             folder.mkdir(parents=True)
             return folder
         except FileExistsError:
-            if not Path(output).is_dir():
-                raise UsageError(f"--output {output}: is a file; expected a folder") from None
+            continue
         except OSError as error:
-            raise UsageError(f"--output {output}: {error.strerror}") from None
+            raise UsageError(f"--output {output}: expected a folder to write to ({error.strerror})") from None
 
 
 def git_commit():
@@ -362,33 +367,25 @@ def prepare(args):
     """(settings, dataset on the device, model, run name), every check made, nothing written."""
     s, recipe = settle(args)
     device = pick_device(s.device)
-    s.precision = pick_precision(s.precision, device)
     dataset = load_data(vars(s))
+    channels, *sides = dataset.train.images.shape[1:]
+    if s.size:
+        sides = [s.size, s.size]
     changes = {key: getattr(s, key) for key in ("encoder", "classifier") if getattr(s, key)}
     if s.no_decoder:
         changes["decoder"] = None
-    channels, *sides = dataset.train.images.shape[1:]
-    in_shape = (channels, *([s.size, s.size] if s.size else sides))
     torch.manual_seed(s.seed)
-    model = models.build(s.version, in_shape, len(dataset.classes), **changes)
+    model = models.build(s.version, (channels, *sides), len(dataset.classes), **changes)
 
-    chosen = {key: value for key, value in vars(args).items() if value is not None and key not in
-              ("version", "data_dir", "device", "output", "precision", "seed", "no_decoder")}
-    chosen["dataset"] = dataset.name
-    if args.no_decoder:
-        chosen["no_decoder"] = True
-    if args.precision != "auto":
-        chosen["precision"] = args.precision
-    if args.seed:
-        chosen["seed"] = args.seed
-    name = run_name(args.version, recipe, chosen)
-    if dataset.name in data.NEVER_FLIPPED:
-        s.flip = False
-    # As a later evaluation, from any folder, finds them.
-    path = Path(s.dataset) if s.dataset and s.dataset not in data.NAMES else None
-    s.dataset = str(path.resolve()) if path and path.exists() else dataset.name
-    s.data_dir = str(Path(s.data_dir).resolve())
-    s.device = str(device)
+    # The data set by a name or path that a later evaluation, from any folder, can find.
+    path = None if s.dataset is None or s.dataset in data.NAMES else Path(s.dataset).resolve()
+    s.dataset = dataset.name
+    name = run_name(s, recipe)
+    if path is not None and path.exists():
+        s.dataset = str(path)
+    s.data_dir, s.device = str(Path(s.data_dir).resolve()), str(device)
+    s.precision = pick_precision(s.precision, device)
+    s.flip = s.flip and dataset.name not in data.NEVER_FLIPPED
     if device.type == "cuda":  # the same command, the same bits
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -398,16 +395,16 @@ def prepare(args):
 
 
 def announce(s, dataset, model, folder):
-    v = model.version
-    shape = "x".join(map(str, v.in_shape))
-    decoder = "none" if model.decoder is None else v.decoder + " (not trained: beta 0)" * (s.beta == 0)
-    print(f"{dataset.name}, {dataset.source}: {len(dataset.train.labels):,} training and "
+    v, shape = model.version, "x".join(map(str, model.version.in_shape))
+    decoder = "no decoder" if model.decoder is None else f"decoder: {v.decoder}" + (
+        ", not trained as beta is 0" * (s.beta == 0))
+    print(f"{s.version}: {v.encoder} | {v.classifier}\n"
+          f"{models.parameter_count(model):,} parameters; {decoder}\n"
+          f"{dataset.name}, {dataset.source}: {len(dataset.train.labels):,} training and "
           f"{len(dataset.test.labels):,} test images, {shape}\n"
-          f"{s.version}: {v.encoder} | {v.classifier} | decoder: {decoder}; "
-          f"{models.parameter_count(model):,} parameters\n"
-          f"{s.epochs} epochs, batch {s.batch_size}, {s.optimizer} lr {s.lr:g}, alpha {s.alpha:g} "
-          f"beta {s.beta:g} gamma {s.gamma:g}, {s.device} {s.precision}, seed {s.seed} -> {folder}",
-          flush=True)
+          f"{s.epochs} epochs, batch {s.batch_size}, {s.optimizer} lr {s.lr:g}, alpha {s.alpha:g}, "
+          f"beta {s.beta:g}, gamma {s.gamma:g}, seed {s.seed}\n"
+          f"on {s.device} in {s.precision}, into {folder}\n", flush=True)
 
 
 def main(argv):
