@@ -31,6 +31,10 @@ class DataError(ValueError):
     """A data set that cannot be had; one line that names the file or value and the way out."""
 
 
+class _Missing(DataError):
+    """A named set that is not on disk and cannot be downloaded."""
+
+
 class Split(NamedTuple):
     images: torch.Tensor  # (N, C, H, W) uint8, in channels_last memory
     labels: torch.Tensor  # (N,) int64, 0 to classes - 1
@@ -66,7 +70,7 @@ def load(dataset=None, data_dir="data", size=None):
     if dataset is None:
         try:
             return _named("cifar10", data_dir, size)
-        except DataError as error:
+        except _Missing as error:
             print(f"{'!' * 78}\nWARNING: {error}\nWARNING: going on with the built-in set 'shapes'. "
                   f"Its figures say nothing about CIFAR-10.\n{'!' * 78}", file=sys.stderr)
             return shapes()
@@ -93,49 +97,49 @@ def _split(images, labels):
 
 # ---------------------------------------------------------------- named sets
 
-def _named(name, data_dir, size):
-    """A set of NAMES: torchvision's files in data_dir, an image folder there, or a download."""
+def _torchvision(name, data_dir, download):
     make, *splits = NAMES[name]
-
-    def read(download):
-        parts = [make(data_dir, download=download, **arguments) for arguments in splits]
-        both = []
-        for part in parts:
-            images = torch.as_tensor(part.data)
-            if images.ndim == 3:           # grey: (N, H, W)
-                images = images[:, None]
-            elif images.shape[-1] == 3:    # (N, H, W, 3)
-                images = images.permute(0, 3, 1, 2)
-            both.append(_split(images, getattr(part, "targets", getattr(part, "labels", None))))
-        classes = getattr(parts[0], "classes", [str(digit) for digit in range(10)])
-        if name == "mnist":
-            classes = [each.split(" ")[0] for each in classes]  # "0 - zero"
-        return Dataset(name, f"{data_dir} (torchvision)", list(classes), *both)
-
     try:
-        return read(download=False)
-    except RuntimeError:  # torchvision's word for: not there, or not whole
-        pass
+        parts = [make(data_dir, download=download, **arguments) for arguments in splits]
     except ModuleNotFoundError as error:
         raise DataError(f"{name}: torchvision reads it with {error.name}, which is not installed: "
                         f"pip install {error.name}") from None
+    both = []
+    for part in parts:
+        images = torch.as_tensor(part.data)
+        if images.ndim == 3:           # grey: (N, H, W)
+            images = images[:, None]
+        elif images.shape[-1] == 3:    # (N, H, W, 3)
+            images = images.permute(0, 3, 1, 2)
+        both.append(_split(images, getattr(part, "targets", getattr(part, "labels", None))))
+    classes = getattr(parts[0], "classes", [str(digit) for digit in range(10)])
+    if name == "mnist":
+        classes = [each.split(" ")[0] for each in classes]  # "0 - zero"
+    return Dataset(name, f"{data_dir} (torchvision)", list(classes), *both)
+
+
+def _named(name, data_dir, size):
+    """A set of NAMES: torchvision's files in data_dir, an image folder there, or a download."""
+    try:
+        return _torchvision(name, data_dir, download=False)
+    except RuntimeError:  # torchvision's word for: not there, or not whole
+        pass
     root, folder = Path(data_dir), Path(data_dir, name)
     if (folder / "train").is_dir():
         return _folder(folder, size)
-
-    places = root / make.__name__ / "raw", root / make.__name__, root, *root.parents
-    made = [place for place in places if not place.exists()]
+    own = root / NAMES[name][0].__name__
+    made = [place for place in (own / "raw", own, root, *root.parents) if not place.exists()]
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)  # a network that swallows everything is answered, too
     try:
-        return read(download=True)
+        return _torchvision(name, data_dir, download=True)
     except (OSError, RuntimeError) as error:
         for place in made:  # a failed download leaves no empty folders
             with contextlib.suppress(OSError):
                 place.rmdir()
-        raise DataError(f"{name} is neither in {root}/ nor in {folder}/train, and could not be "
-                        f"downloaded ({' '.join(str(error).split())[:80]}); --data-dir names another "
-                        "place, --dataset shapes needs none") from None
+        raise _Missing(f"{name} is neither in {root}/ nor in {folder}/train, and could not be "
+                       f"downloaded ({' '.join(str(error).split())[:80]}); --data-dir names another "
+                       "place, --dataset shapes needs none") from None
     finally:
         socket.setdefaulttimeout(timeout)
 

@@ -223,6 +223,21 @@ def test_without_a_name_shapes_stand_in_with_a_warning(tmp_path, no_network, cap
     assert "WARNING: cifar10 is neither" in warning and "say nothing about CIFAR-10" in warning
 
 
+def test_shapes_do_not_stand_in_for_a_set_that_is_there_but_broken(tmp_path, no_network):
+    root = make_folder(tmp_path / "cifar10")
+    (root / "test/bee/1.png").write_bytes(b"")
+    with pytest.raises(DataError, match="bee/1.png"):
+        data.load(None, tmp_path)
+
+
+def test_a_reader_that_torchvision_lacks_is_named(tmp_path, monkeypatch):
+    def needs_scipy(*args, **kwargs):
+        raise ModuleNotFoundError("No module named 'scipy'", name="scipy")
+    monkeypatch.setitem(data.NAMES, "svhn", (needs_scipy, {}, {}))
+    with pytest.raises(DataError, match="pip install scipy"):
+        data.load("svhn", tmp_path)
+
+
 # ---------------------------------------------------------------- shapes
 
 def test_shapes_are_the_same_at_every_run_and_balanced():
