@@ -211,9 +211,11 @@ def _read_all(paths, shape, fit, folder):
     """All files as one (N, H, W, C) uint8 array, read by all cores. DataError."""
     images, done, start = np.empty((len(paths), *shape), np.uint8), 0, time.time()
     jobs = [(paths[i:i + CHUNK], shape, fit) for i in range(0, len(paths), CHUNK)]
-    # A DataLoader calls collate_fn in its workers, and keeps the order.
-    loader = torch.utils.data.DataLoader(jobs, batch_size=None, collate_fn=_read_chunk,
-                                         num_workers=torch.get_num_threads() if len(jobs) > 4 else 0)
+    # A DataLoader calls collate_fn in its workers, and keeps the order. Only forked workers: the
+    # others would run a user's own script, where that has no `if __name__ == "__main__"`, again.
+    workers = torch.get_num_threads() if len(jobs) > 4 and sys.platform == "linux" else 0
+    loader = torch.utils.data.DataLoader(jobs, batch_size=None, collate_fn=_read_chunk, num_workers=workers,
+                                         multiprocessing_context="fork" if workers else None)
     line = "\rreading " if sys.stderr.isatty() else ""
     for array, error in loader:
         if error:
@@ -284,16 +286,11 @@ def _npz(path):
         if y.dtype.kind not in "iu" or y.size != len(x) or not len(x):
             raise DataError(f"{path}: y_{part} is {y.dtype} of shape {y.shape}; expected a whole "
                             f"number for each of {len(x)} images")
-        count = count or int(y.max()) + 1
-        present = np.unique(y)
-        wrong = [label for label in present.tolist() if not 0 <= label < count]
-        if wrong:
-            raise DataError(f"{path}: y_{part} has the label {wrong[0]}; expected 0 to {count - 1}, "
-                            "the labels of y_train")
-        if part == "train" and len(present) < count:
-            gap = min(set(range(count)) - set(present.tolist()))
-            raise DataError(f"{path}: y_train has no image of label {gap}; expected each label from "
-                            f"0 to {count - 1}")
+        labels = set(y.ravel().tolist())
+        count = count or len(labels)
+        if labels - set(range(count)):
+            raise DataError(f"{path}: y_{part} has the label {min(labels - set(range(count)))}; expected "
+                            f"0 to {count - 1}, each of them in y_train")
         splits.append(_split(x.copy(), y.reshape(-1).astype(np.int64)))
     shapes_of = [tuple(split.images.shape[1:]) for split in splits]
     classes = [str(each) for each in arrays.get("classes", range(count))]

@@ -159,7 +159,7 @@ def test_an_npz_in_each_layout(tmp_path):
     (dict(y_train=np.array(list("abcabc"))), "y_train is <U1"),
     (dict(y_train=np.array([0, 1, -1, 0, 1, 2])), "y_train has the label -1"),
     (dict(y_test=np.array([0, 3])), "y_test has the label 3; expected 0 to 2"),
-    (dict(y_train=np.array([0, 0, 2, 0, 0, 2])), "no image of label 1"),
+    (dict(y_train=np.array([0, 0, 2, 0, 0, 2])), "y_train has the label 2; expected 0 to 1"),
     (dict(x_test=np.zeros((2, 4, 4, 3), np.uint8)), "expected one shape"),
     (dict(classes=np.array(["a"])), "expected one shape and 3 names"),
     (dict(y_train=np.array([{}, 1, 2, 0, 1, 2], dtype=object)), "plain arrays"),
