@@ -50,8 +50,10 @@ def pick_device(name):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError):
         raise UsageError(f"--device {name}: not on this machine; expected auto, cpu or, with a GPU, "
                          "cuda") from None
     return device
@@ -146,7 +148,7 @@ def measure(model, split, size=None, precision="fp32", classify=True, reconstruc
     classifier, autoencoder: the two losses (None where not asked for or not there).
     accuracy: percent. confusion: counts, [true class][predicted class].
     On pixels of 0-1, the reconstruction clamped to them as in a saved picture: mse, mae (per
-    value), psnr (dB, mean over the images), absolute_error_total (|x - x̂| added up over the
+    value), psnr (dB, mean over the images), absolute_error_total (over all values of the
     whole split) and absolute_error_per_image.
     """
     training = model.training

@@ -224,6 +224,15 @@ def mirror(steps):
     return nn.Sequential(*modules[:-1])
 
 
+def find(name):
+    """The Version of that name; NotationError names the nearest one."""
+    if name not in VERSIONS:
+        near = difflib.get_close_matches(name, VERSIONS, 1, 0.0)[0]
+        raise NotationError(f"no version {name!r}; did you mean {near!r}? There are: "
+                            f"{' '.join(VERSIONS)}")
+    return VERSIONS[name]
+
+
 def build(version, in_shape=None, num_classes=10, **changes):
     """A network: an Autoencoder for images of in_shape (channels, height, width).
 
@@ -232,13 +241,7 @@ def build(version, in_shape=None, num_classes=10, **changes):
     The model carries `model.version` (with its in_shape) and `model.num_classes`, from which
     it can be built again. Raises NotationError (a ValueError) where that cannot be built.
     """
-    if not isinstance(version, Version):
-        if version not in VERSIONS:
-            near = difflib.get_close_matches(str(version), VERSIONS, 1, 0.0)[0]
-            raise NotationError(f"no version {version!r}; did you mean {near!r}? "
-                                f"There are: {' '.join(VERSIONS)}")
-        version = VERSIONS[version]
-    version = replace(version, **changes)
+    version = replace(version if isinstance(version, Version) else find(version), **changes)
     version = replace(version, in_shape=tuple(in_shape or version.in_shape))
     encoder, steps = layers(version.encoder, version.in_shape)
     classifier = decoder = None

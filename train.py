@@ -341,7 +341,7 @@ def make_parser():
 
 def settle(args):
     """The run's settings from its flags and its recipe: (Namespace, recipe). UsageError."""
-    models.build(args.version) if args.version not in models.VERSIONS else None  # names the nearest
+    models.find(args.version)
     recipe = RECIPES[args.version]
     s = argparse.Namespace(**vars(args))
     for key, value in recipe.items():
