@@ -8,6 +8,7 @@ epoch with `measure` and draws its pictures with the functions of this file.
 """
 import argparse
 import contextlib
+import ctypes
 import json
 import math
 import os
@@ -57,6 +58,15 @@ def pick_device(name):
         raise UsageError(f"--device {name}: not on this machine; expected auto, cpu or, with a GPU, "
                          "cuda") from None
     return device
+
+
+def keep_freed_memory():
+    """Lets glibc keep what is freed. By itself it hands blocks of some MB back to the system and
+    gets them anew, page by page, at every step: v1 trained at two thirds of its speed so."""
+    with contextlib.suppress(AttributeError, TypeError, OSError):  # not glibc: nothing to do
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, at its highest
+        mallopt(-1, 2**30)       # M_TRIM_THRESHOLD
 
 
 def pick_precision(name, device):
@@ -142,7 +152,7 @@ def load_data(settings):
 
 @torch.no_grad()
 def measure(model, split, size=None, precision="fp32", classify=True, reconstruct=True,
-            batch_size=250):
+            batch_size=100):
     """A model's losses and errors on a Split, as plain numbers in a dict.
 
     classifier, autoencoder: the two losses (None where not asked for or not there).
@@ -349,6 +359,7 @@ def main(argv):
     parser.error = lambda message: stop("evaluate.py", message)
     args = parser.parse_args(argv)
     try:
+        keep_freed_memory()
         model, content = load_checkpoint(args.ckpt)
         device = pick_device(args.device)
         precision = pick_precision("auto", device)

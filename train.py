@@ -24,9 +24,9 @@ import torch
 
 import data
 import models
-from evaluate import (USER_ERRORS, UsageError, autocast, draw_reconstructions, load_data, measure,
-                      per_class, pick_device, pick_precision, save_checkpoint, save_figure, stop,
-                      write_json, write_whole)
+from evaluate import (USER_ERRORS, UsageError, autocast, draw_reconstructions, keep_freed_memory,
+                      load_data, measure, per_class, pick_device, pick_precision, save_checkpoint,
+                      save_figure, stop, write_json, write_whole)
 from losses import l2_reg_loss, weighted_loss
 
 # The CIFAR study's settings, for all its versions; size None is the images' own.
@@ -366,6 +366,7 @@ def settle(args):
 def prepare(args):
     """(settings, dataset on the device, model, run name), every check made, nothing written."""
     s, recipe = settle(args)
+    keep_freed_memory()
     device = pick_device(s.device)
     dataset = load_data(vars(s))
     channels, *sides = dataset.train.images.shape[1:]
