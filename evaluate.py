@@ -235,8 +235,8 @@ def draw_reconstructions(model, dataset, folder, size=None, precision="fp32", no
 
     columns = min(10, len(chosen))
     bands = math.ceil(len(chosen) / columns)
-    figure, axes = plt.subplots(2 * bands, columns, squeeze=False,
-                                figsize=(max(columns, 4), 2.15 * bands + 0.4))
+    height = 2.2 * bands + 0.5
+    figure, axes = plt.subplots(2 * bands, columns, squeeze=False, figsize=(max(columns, 4), height))
     for axis in axes.flat:
         axis.axis("off")
     for i, name in enumerate(names):
@@ -247,7 +247,8 @@ def draw_reconstructions(model, dataset, folder, size=None, precision="fp32", no
             axes[band + row, column].imshow(shown, interpolation="nearest")
     figure.suptitle(f"{dataset.name}, test images: originals above, reconstructions below{note}",
                     fontsize=10)
-    figure.subplots_adjust(wspace=0.06, hspace=0.06, top=1 - 0.55 / (2.15 * bands + 0.4))
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=1 - 0.66 / height, wspace=0.06,
+                           hspace=0.06 if bands == 1 else 0.25)  # room for the names
     save_figure(figure, folder / "recon.png")
 
     (folder / "recon").mkdir(exist_ok=True)
