@@ -15,6 +15,7 @@ from PIL import Image
 import data
 import models
 import train
+from losses import weighted_loss
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,26 +45,37 @@ def settings(**changes):
 
 # ---------------------------------------------------------------- the loop
 
-@pytest.mark.parametrize("optimizer, lr", [("sgd", 0.01), ("adam", 0.001), ("adagrad", 0.01)])
-def test_an_epoch_is_the_plain_formulation(optimizer, lr):
+# How far the losses may be apart. In v4 a rounded last digit grows: there the library's own two
+# memory layouts, both plain, come to differ by 3e-5 to 2e-4 over these steps. Adagrad divides by
+# the gradients' size, so that the rounding of tiny ones is seen.
+@pytest.mark.parametrize("version, optimizer, lr, tolerance", [
+    ("v1", "sgd", 0.01, 1e-5), ("v2", "sgd", 0.01, 1e-5), ("v3", "sgd", 0.01, 1e-5),
+    ("v3", "adam", 0.001, 1e-5), ("v3", "adagrad", 0.01, 5e-4), ("v4-plain", "sgd", 0.01, 5e-4)])
+def test_fifty_steps_are_the_plain_formulation(version, optimizer, lr, tolerance, monkeypatch):
     """Gamma as weight decay, fused optimizers and our layers, against the sum of the losses
-    written out, the library's layers and the optimizer's plain form, in fp32."""
-    split = data.shapes(train=200, test=10).train
+    written out, the library's layers and the optimizer's plain form, all in fp32."""
+    split = data.shapes(train=800, test=10).train
     s = settings(gamma=0.01, optimizer=optimizer, lr=lr, batch_size=16)
     torch.manual_seed(0)
-    model = models.build("v4-plain").to(memory_format=torch.channels_last)
-    plain = models.build("v4-plain")
+    model = models.build(version).to(memory_format=torch.channels_last)
+    plain = models.build(version)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     plain.load_state_dict(start)
     for module in plain.modules():
         if isinstance(module, models.ConvTranspose2d):
             module.__class__ = torch.nn.ConvTranspose2d
+    ours, theirs = [], []
+
+    def recorded(*args, **kwargs):
+        loss, terms = weighted_loss(*args, **kwargs)
+        ours.append(torch.stack(list(terms.values())).detach())
+        return loss, terms
+    monkeypatch.setattr(train, "weighted_loss", recorded)
     means = train.train_epoch(model, split, train.make_optimizer(model, s), s, 0)
 
     momentum = {"momentum": 0.9} if optimizer == "sgd" else {}
     step = train.OPTIMIZERS[optimizer](plain.parameters(), lr=lr, weight_decay=1e-4, foreach=False,
                                        **momentum)
-    losses = []
     for images, labels in data.batches(split, 16, epoch_seed=0, flip=True):
         logits, rebuilt = plain(images.contiguous())
         classifier, autoencoder = F.cross_entropy(logits, labels), F.mse_loss(rebuilt, images)
@@ -71,15 +83,13 @@ def test_an_epoch_is_the_plain_formulation(optimizer, lr):
         step.zero_grad()
         (classifier + autoencoder + 0.01 * l2).backward()
         step.step()
-        losses.append(len(labels) * torch.stack([classifier, autoencoder]).detach())
-    expected = torch.stack(losses).sum(0) / 200
-    assert means["classifier"] == pytest.approx(expected[0].item(), rel=1e-4)
-    assert means["autoencoder"] == pytest.approx(expected[1].item(), rel=1e-4)
-    # The two end at one place: their distance is small beside the way from the start. Adam and
-    # Adagrad divide by the gradients' size, so that the rounding of tiny ones is seen.
+        theirs.append(torch.stack([classifier, autoencoder]).detach())
+    assert len(ours) == len(theirs) == 50
+    torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), rtol=0, atol=tolerance)
+    assert means["classifier"] == pytest.approx(torch.stack(theirs)[:, 0].mean().item(), abs=tolerance)
     way = torch.cat([(p - start[name]).flatten() for name, p in plain.named_parameters()]).norm()
     apart = torch.cat([(p - q).flatten() for p, q in zip(model.parameters(), plain.parameters())]).norm()
-    assert apart < (1e-4 if optimizer == "sgd" else 1e-2) * way
+    assert apart < (1e-2 if tolerance > 1e-5 else 1e-3) * way
 
 
 def test_the_learning_rate_drops_in_steps():
