@@ -10,6 +10,7 @@ classes and counts and saves a sheet of samples. This file needs torch, torchvis
 """
 import argparse
 import contextlib
+import functools
 import math
 import socket
 import sys
@@ -411,11 +412,31 @@ def take(split, count, seed):
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def _mean_std(channels, device):
+@functools.lru_cache
+def _mean_std(channels, pixels, device):
+    """Mean and std of each value of a whole image whose channels lie innermost, (H * W * C,).
+
+    Three channels against (3, 1, 1) would be a slow pattern for a CPU.
+    """
     mean, std = torch.tensor([MEAN, STD], device=device)
     if channels == 1:
         mean, std = mean.mean(0, keepdim=True), std.mean(0, keepdim=True)
-    return mean[:, None, None], std[:, None, None]
+    return mean.repeat(pixels), std.repeat(pixels)
+
+
+@functools.lru_cache
+def _shift_scale(*shape_and_device):
+    """What takes pixels of 0-255 to normalised ones: shift + scale * pixel."""
+    mean, std = _mean_std(*shape_and_device)
+    return -mean / std, 1 / (255 * std)
+
+
+def _affine(images, shift_scale):
+    """shift + scale * images, (B, C, H, W) float32, in channels_last memory."""
+    b, c, h, w = images.shape
+    shift, scale = shift_scale(c, h * w, images.device)
+    rows = images.permute(0, 2, 3, 1).flatten(1).float()  # (B, H * W * C)
+    return torch.addcmul(shift, rows, scale).view(b, h, w, c).permute(0, 3, 1, 2)
 
 
 def normalise(images, size=None):
@@ -425,14 +446,12 @@ def normalise(images, size=None):
     """
     if size is not None and tuple(images.shape[2:]) != (size, size):
         images = TF.center_crop(TF.resize(images, [size], antialias=True), [size, size])
-    mean, std = _mean_std(images.shape[1], images.device)
-    return torch.addcmul(-mean / std, images.float(), 1 / (255 * std))
+    return _affine(images, _shift_scale)
 
 
 def to_pixels(normalised):
     """The way back: normalised (B, C, H, W) of any float type to pixels of 0-1, clamped."""
-    mean, std = _mean_std(normalised.shape[1], normalised.device)
-    return torch.addcmul(mean, normalised.float(), std).clamp(0, 1)
+    return _affine(normalised, _mean_std).clamp_(0, 1)
 
 
 def batches(split, batch_size, epoch_seed=None, flip=False, size=None):
@@ -453,7 +472,7 @@ def batches(split, batch_size, epoch_seed=None, flip=False, size=None):
         images = pixels.index_select(0, rows).permute(0, 3, 1, 2)
         if flip:
             turned = flipped[start:start + batch_size, None, None, None]
-            images = torch.where(turned, images.flip(3), images)
+            images = images.flip(3) * turned + images * ~turned  # torch.where takes twice the time
         yield normalise(images, size), split.labels.index_select(0, rows)
 
 
