@@ -486,12 +486,16 @@ def main(argv):
     parser.add_argument("--data-dir", default="data", help="where named sets lie (default: data)")
     parser.add_argument("--size", type=int, help="scale and crop a folder of unequal images")
     parser.add_argument("--output", default="outputs", help="where the sheet goes")
+    def stop(message):
+        print(f"data.py: error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+    parser.error = stop
     args = parser.parse_args(argv)
     try:
         dataset = load(args.dataset, args.data_dir, args.size)
     except DataError as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        return 2
+        stop(error)
     shape = "x".join(map(str, dataset.train.images.shape[1:]))
     print(f"{dataset.name}: {dataset.source}, {len(dataset.classes)} classes, images {shape}")
     print(f"{'class':<24}{'train':>8}{'test':>8}")

@@ -304,10 +304,13 @@ def parameter_count(model):
 
 
 def main(argv):
-    if len(argv) > 1 or any(arg in ("-h", "--help") for arg in argv):
-        print("usage: python models.py [VERSION]\n\nPrints every version, or one of them layer by "
-              "layer.")
-        return 0 if argv[0] in ("-h", "--help") else 2
+    if argv[:1] in (["-h"], ["--help"]):
+        print("usage: python models.py [VERSION]\n\nPrints every version, or one of them layer by layer.")
+        return 0
+    if len(argv) > 1:
+        print(f"models.py: error: {' '.join(argv)!r}: expected one version, or none for the table of all",
+              file=sys.stderr)
+        return 2
     if not argv:
         print(f"{'version':<12}{'input':<10}{'code':<10}{'parameters':>12}{'MB':>8}{'M adds':>9}")
         for name in VERSIONS:
@@ -322,7 +325,7 @@ def main(argv):
     try:
         model = build(argv[0])
     except NotationError as error:
-        print(f"models.py: {error}", file=sys.stderr)
+        print(f"models.py: error: {error}", file=sys.stderr)
         return 2
     v, rows = model.version, trace(model)
     print(f"{argv[0]}: encoder {v.encoder}\n{'':<{len(argv[0])}}  classifier {v.classifier}\n"

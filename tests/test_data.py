@@ -323,5 +323,8 @@ def test_the_command_prints_counts_and_saves_a_sheet(tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.splitlines()[2].split() == ["ant", "3", "2"]
     assert Image.open(tmp_path / "out/bugs_samples.png").size[0] > 500
-    assert data.main(["--dataset", str(tmp_path / "nowhere")]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    for wrong in (["--dataset", str(tmp_path / "nowhere")], ["--size", "x"], ["cifar10"]):
+        with pytest.raises(SystemExit) as end:
+            data.main(wrong)
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and error.count("\n") == 1 and wrong[-1] in error

@@ -212,3 +212,5 @@ def test_the_tables(capsys):
     assert lines[-1].split() == ["total", "670,797", "21,497,088"]
     assert models.main(["v9"]) == 2
     assert "did you mean" in capsys.readouterr().err
+    assert models.main(["v1", "v2"]) == 2
+    assert "expected one version" in capsys.readouterr().err
