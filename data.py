@@ -292,7 +292,7 @@ def _npz(path):
         if labels - set(range(count)):
             raise DataError(f"{path}: y_{part} has the label {min(labels - set(range(count)))}; expected "
                             f"0 to {count - 1}, each of them in y_train")
-        splits.append(_split(x.copy(), y.reshape(-1).astype(np.int64)))
+        splits.append(_split(x, y.reshape(-1).astype(np.int64)))
     shapes_of = [tuple(split.images.shape[1:]) for split in splits]
     classes = [str(each) for each in arrays.get("classes", range(count))]
     if shapes_of[0] != shapes_of[1] or len(classes) != count:

@@ -106,13 +106,13 @@ def train(model, dataset, s, folder):
     no longer finite.
     """
     optimizer = make_optimizer(model, s)
-    settings, rows, best = vars(s), [], None
+    settings, rows = vars(s), []
     print("epoch     lr       train loss         test loss       test  PSNR    time  images\n"
           "              class.   recon.    class.   recon.   acc. %    dB       s      /s", flush=True)
     for epoch in range(s.epochs):
         start = time.perf_counter()
         trained = train_epoch(model, dataset.train, optimizer, s, epoch,
-                              Progress(epoch + 1) if sys.stdout.isatty() else None)
+                              progress(epoch + 1) if sys.stdout.isatty() else None)
         seconds = time.perf_counter() - start
         if not math.isfinite(trained["loss"]):
             raise FloatingPointError(f"epoch {epoch + 1}: the training loss is {trained['loss']}; "
@@ -130,31 +130,34 @@ def train(model, dataset, s, folder):
         print_row(row)
         write_whole(folder / "log.csv", lambda part: write_csv(part, rows))
 
-        quality = tested["accuracy"] if s.alpha > 0 else -tested["mse"]
-        if best is None or quality > best["quality"]:
-            best = {"quality": quality, "epoch": epoch + 1}
+        if best_row(rows) is row:
             save_checkpoint(folder / "best.pt", model, settings, dataset.classes, epoch=epoch + 1)
         # No random state: every epoch's is made from the seed and the epoch's number.
         save_checkpoint(folder / "last.pt", model, settings, dataset.classes, epoch=epoch + 1,
-                        optimizer=optimizer.state_dict(), rows=rows, best=best)
+                        optimizer=optimizer.state_dict(), rows=rows)
     return rows, tested
 
 
-class Progress:
-    """A line that counts the steps of an epoch, twice a second, on a terminal."""
+def best_row(rows):
+    """The first row of the highest test accuracy or, with no classifier trained, the least MSE."""
+    return max(rows, key=lambda row: -row["test_mse"] if row["test_accuracy"] is None
+               else row["test_accuracy"])
 
-    def __init__(self, epoch):
-        self.epoch, self.start, self.next = epoch, time.time(), 0.0
 
-    def __call__(self, step, steps):
+def progress(epoch):
+    """A show(step, steps) that counts an epoch's steps in a line, twice a second, on a terminal."""
+    start = due = time.time()
+
+    def show(step, steps):
+        nonlocal due
         now = time.time()
         if step == steps:
             print(f"\r{'':<60}\r", end="", flush=True)
-        elif now >= self.next:
-            self.next = now + 0.5
-            left = (now - self.start) / step * (steps - step)
-            print(f"\repoch {self.epoch}: step {step:,} of {steps:,}, {left:.0f} s left  ",
-                  end="", flush=True)
+        elif now >= due:
+            due = now + 0.5
+            left = (now - start) / step * (steps - step)
+            print(f"\repoch {epoch}: step {step:,} of {steps:,}, {left:.0f} s left  ", end="", flush=True)
+    return show
 
 
 # ---------------------------------------------------------------- what a run leaves
@@ -179,10 +182,9 @@ def print_row(row):
 
 def draw_curves(rows, path, title):
     """Train and test losses and accuracy over the epochs, one panel for each that there is."""
-    panels = [(f"{name} loss", f"{name}", unit) for name, unit in
-              (("classifier", "cross entropy (nats)"),
-               ("autoencoder", "MSE (normalised pixels)"))]
-    panels.append(("accuracy", "accuracy", "accuracy (%)"))
+    panels = [("classifier loss", "classifier", "cross entropy (nats)"),
+              ("autoencoder loss", "autoencoder", "MSE (normalised pixels)"),
+              ("accuracy", "accuracy", "accuracy (%)")]
     panels = [panel for panel in panels if rows[0][f"test_{panel[1]}"] is not None]
     epochs = [row["epoch"] for row in rows]
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), squeeze=False)
@@ -192,7 +194,7 @@ def draw_curves(rows, path, title):
             axis.plot(epochs, values, style, color=colour, label=part,
                       marker="o" if len(rows) == 1 else None)
         if key == "accuracy":
-            best = max(rows, key=lambda row: row["test_accuracy"])
+            best = best_row(rows)
             axis.plot(best["epoch"], best["test_accuracy"], "k^", markersize=6,
                       label=f"best (on test): {best['test_accuracy']:.2f} %")
         axis.set(title=name, xlabel="epoch", ylabel=unit)
@@ -209,7 +211,7 @@ def summarise(rows, tested, model, dataset):
     last, count = rows[-1], models.parameter_count(model)
     result = {"dataset": dataset.name, "source": dataset.source, "epochs": len(rows)}
     if last["test_accuracy"] is not None:
-        best = max(rows, key=lambda row: row["test_accuracy"])
+        best = best_row(rows)
         result["accuracy"] = {"last": last["test_accuracy"], "best": best["test_accuracy"],
                               "best_epoch": best["epoch"], "best_chosen_on": "test"}
         result["per_class_accuracy"] = per_class(tested["confusion"], dataset.classes)

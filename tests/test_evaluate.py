@@ -80,15 +80,12 @@ def test_measuring_is_the_same_in_every_batch_size_and_leaves_the_mode():
 # ---------------------------------------------------------------- the command
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tiny, tmp_path_factory):
     """A small data set on disk and a run on it: (npz, run folder)."""
     root = tmp_path_factory.mktemp("trained")
-    dataset = data.shapes(train=60, test=30)
-    np.savez(root / "tiny.npz", x_train=dataset.train.images, y_train=dataset.train.labels,
-             x_test=dataset.test.images, y_test=dataset.test.labels, classes=np.array(data.SHAPES))
-    assert train.main(["--version", "v3", "--dataset", str(root / "tiny.npz"), "--epochs", "2",
-                       "--test-size", "20", "--output", str(root), "--device", "cpu"]) == 0
-    return root / "tiny.npz", root / "v3_dataset-tiny_test-size20_epochs2"
+    assert train.main(["--version", "v3", "--dataset", tiny, "--epochs", "2", "--test-size", "20",
+                       "--output", str(root), "--device", "cpu"]) == 0
+    return tiny, root / "v3_dataset-tiny_test-size20_epochs2"
 
 
 def test_the_checkpoint_alone_gives_the_figures_of_its_training(trained, capsys, monkeypatch, tmp_path):

@@ -20,16 +20,6 @@ from losses import weighted_loss
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """Sixty shapes as an .npz: a data set that takes no time."""
-    dataset = data.shapes(train=60, test=30)
-    path = tmp_path_factory.mktemp("tiny") / "tiny.npz"
-    np.savez(path, x_train=dataset.train.images, y_train=dataset.train.labels,
-             x_test=dataset.test.images, y_test=dataset.test.labels, classes=np.array(data.SHAPES))
-    return str(path)
-
-
 def run(tiny, out, *flags):
     """A short run of train.py in this process; returns its folder."""
     argv = ["--dataset", tiny, "--epochs", "2", "--output", str(out), "--device", "cpu", *flags]
