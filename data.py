@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,6 +48,7 @@ class Dataset:
     classes: list  # the classes' names, in the order of the labels
     train: Split
     test: Split
+    val: Split | None = None  # held out from the training set
 
 
 # What torchvision reads and downloads: (class, training arguments, test arguments). Flips turn
@@ -389,12 +390,19 @@ def shapes(train=10_000, test=2_000, side=32, seed=7):
 
 # ---------------------------------------------------------------- from sets to sets
 
-def take(split, count, seed):
-    """`count` images of a Split, drawn with the seed, classes in proportion (rounded so that
-    they add up; at least one of each class where count allows). Raises DataError."""
+def counts(split, classes):
+    """Images per class, a list of ints. classes: how many there are."""
+    return torch.bincount(split.labels, minlength=classes).tolist()
+
+
+def _pick(split, rows):
+    return Split(split.images[rows], split.labels[rows])
+
+
+def _drawn(split, count, seed):
+    """Rows of `count` images, drawn with the seed, classes in proportion (rounded so that they
+    add up; at least one of each class where count allows), in the set's order."""
     n = len(split.labels)
-    if count > n:
-        raise DataError(f"{count:,} images asked for; the set has {n:,}")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     # Each image's rank within its class, as a share of that class; the smallest shares win.
     labels = split.labels[order]
@@ -402,8 +410,137 @@ def take(split, count, seed):
     for label in labels.unique():
         own = (labels == label).nonzero().squeeze(1)
         share[own] = torch.arange(len(own), dtype=torch.float64) / len(own)
-    chosen = order[share.argsort(stable=True)[:count]].sort().values
-    return Split(split.images[chosen], split.labels[chosen])
+    return order[share.argsort(stable=True)[:count]].sort().values
+
+
+def take(split, count, seed):
+    """`count` images of a Split, drawn with the seed, classes in proportion. Raises DataError."""
+    if count > len(split.labels):
+        raise DataError(f"{count:,} images asked for; the set has {len(split.labels):,}")
+    return _pick(split, _drawn(split, count, seed))
+
+
+def hold_out(split, share, seed):
+    """(training set, validation set): a share (0 to 1) of the images, drawn with the seed,
+    classes in proportion, goes to the second. Raises DataError."""
+    n = len(split.labels)
+    count = round(share * n)
+    if not 0 < count < n:
+        raise DataError(f"a share of {share:g} of {n:,} images is {count:,}; expected some, not all")
+    held = torch.zeros(n, dtype=torch.bool)
+    held[_drawn(split, count, seed)] = True
+    return _pick(split, ~held), _pick(split, held)
+
+
+def choose(dataset, names):
+    """The Dataset of the classes of those names alone, renumbered in the set's order.
+    Raises DataError."""
+    unknown = set(names) - set(dataset.classes)
+    if unknown:
+        raise DataError(f"no class {sorted(unknown)[0]!r}; {dataset.name} has {' '.join(dataset.classes)}")
+    kept = [label for label, name in enumerate(dataset.classes) if name in names]
+    number = torch.full((len(dataset.classes),), -1)
+    number[kept] = torch.arange(len(kept))
+    splits = [Split(split.images[own], number[split.labels[own]])
+              for split in (dataset.train, dataset.test)
+              for own in [(number[split.labels] >= 0).nonzero().squeeze(1)]]
+    return replace(dataset, classes=[dataset.classes[label] for label in kept], train=splits[0],
+                   test=splits[1])
+
+
+def blur(split, sigma):
+    """A Split blurred by a Gaussian of sigma pixels (cut at 3 sigma, edges reflected)."""
+    side = min(split.images.shape[2:])
+    kernel = 2 * min(math.ceil(3 * sigma), side - 1) + 1
+    parts = [TF.gaussian_blur(part, [kernel, kernel], [sigma, sigma]) for part in split.images.split(1000)]
+    return _split(torch.cat(parts), split.labels)
+
+
+def resample(split, wanted, seed):
+    """A Split with wanted[label] images of each class, drawn with the seed, in the set's order.
+
+    A class that is to grow is repeated whole as often as it fits, then a part of it is drawn.
+    """
+    generator, rows = torch.Generator().manual_seed(seed), []
+    for label, count in enumerate(wanted):
+        own = (split.labels == label).nonzero().squeeze(1)
+        order = torch.randperm(len(own), generator=generator)
+        rows += [own.repeat(count // len(own)), own[order[:count % len(own)]]]
+    return _pick(split, torch.cat(rows).sort().values)
+
+
+def nearest(queries, references, k, chunk=1000):
+    """The k nearest references of each query, nearest first: indices (Q, k).
+
+    queries (Q, D), references (R, D), float32; Euclidean distance, chunk * R of them at a time.
+    """
+    squares = references.square().sum(1)
+    return torch.cat([(squares - 2 * part @ references.T).topk(k, largest=False).indices
+                      for part in queries.split(chunk)])
+
+
+def smote(split, seed, k=5):
+    """Every class grown to the largest one's size by synthetic pictures (SMOTE, Chawla et al.
+    2002), each a random point on the line between a picture of the class and one of its k
+    nearest neighbours there. The synthetic ones stand after all others. Raises DataError."""
+    generator = torch.Generator().manual_seed(seed)
+    now = counts(split, int(split.labels.max()) + 1)
+    images, labels = [split.images], [split.labels]
+    for label, count in enumerate(now):
+        missing = max(now) - count
+        if not missing:
+            continue
+        if count < 2:
+            raise DataError(f"smote: class {label} has {count} training images; expected two or more")
+        own = split.images[split.labels == label]
+        rows = own.flatten(1).float() - 127.5
+        found = nearest(rows, rows, min(k + 1, count))
+        other = found != torch.arange(count)[:, None]  # a picture is not its own neighbour ...
+        other[other.all(1), -1] = False                # ... nor found, where others are equal to it
+        found = found[other].view(count, -1)
+        # Each picture equally often, the remainder drawn, as in the paper.
+        turns = [torch.randperm(count, generator=generator) for _ in range(math.ceil(missing / count))]
+        base = torch.cat(turns)[:missing]
+        partner = found[base, torch.randint(found.shape[1], (missing,), generator=generator)]
+        for one, two in zip(base.split(1000), partner.split(1000)):
+            gap = torch.rand(len(one), 1, generator=generator)
+            between = rows[one].lerp(rows[two], gap) + 127.5
+            images.append(between.round().to(torch.uint8).view(-1, *own.shape[1:]))
+        labels.append(torch.full((missing,), label))
+    return _split(torch.cat(images), torch.cat(labels))
+
+
+VARIANTS = ("complete", "constrained", "undersampled", "oversampled", "smote")
+CONSTRAINED = {"bird": 0.5, "deer": 0.5, "truck": 0.5}  # the CIFAR study's
+
+
+def vary(split, classes, variant, shares, seed):
+    """A training set made unequal and, if asked for, equal again, drawn with the seed.
+
+    shares: {class name: the share of its images that is kept}; None is the CIFAR study's where
+    its classes are there, else the set as it is. "constrained" stops there, "undersampled" cuts
+    every class to the smallest one, "oversampled" repeats images up to the largest one, "smote"
+    adds synthetic ones. Raises DataError.
+    """
+    if variant == "complete":
+        return split
+    if shares is None:
+        shares = CONSTRAINED if set(CONSTRAINED) <= set(classes) else {}
+    unknown = set(shares) - set(classes)
+    if unknown:
+        raise DataError(f"no class {sorted(unknown)[0]!r}; there are {' '.join(classes)}")
+    before = counts(split, len(classes))
+    wanted = [round(count * shares.get(name, 1)) for name, count in zip(classes, before)]
+    if 0 in wanted:
+        raise DataError(f"class {classes[wanted.index(0)]!r} is left with no training image")
+    if not shares and (variant == "constrained" or len(set(before)) == 1):
+        raise DataError(f"there is nothing to make of {before[0]:,} images of each class; name the "
+                        f"shares to keep, such as --constrain {classes[0]}=0.5")
+    split = resample(split, wanted, seed)
+    if variant == "smote":
+        return smote(split, seed)
+    level = {"undersampled": min, "oversampled": max}.get(variant)
+    return resample(split, [level(wanted)] * len(wanted), seed + 1) if level else split
 
 
 # ---------------------------------------------------------------- batches
@@ -499,11 +636,10 @@ def main(argv):
     shape = "x".join(map(str, dataset.train.images.shape[1:]))
     print(f"{dataset.name}: {dataset.source}, {len(dataset.classes)} classes, images {shape}")
     print(f"{'class':<24}{'train':>8}{'test':>8}")
-    counts = [torch.bincount(part.labels, minlength=len(dataset.classes)).tolist()
-              for part in (dataset.train, dataset.test)]
-    for name, train, test in zip(dataset.classes, *counts):
+    both = [counts(part, len(dataset.classes)) for part in (dataset.train, dataset.test)]
+    for name, train, test in zip(dataset.classes, *both):
         print(f"{name:<24}{train:>8,}{test:>8,}")
-    print(f"{'total':<24}{sum(counts[0]):>8,}{sum(counts[1]):>8,}")
+    print(f"{'total':<24}{sum(both[0]):>8,}{sum(both[1]):>8,}")
 
     import matplotlib
     matplotlib.use("Agg")

@@ -32,8 +32,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 CHECKPOINT = "autoencoder checkpoint, format 1"
 # What of train.py's settings an evaluation needs.
-SETTINGS = ("version", "dataset", "data_dir", "size", "train_size", "test_size", "alpha", "beta",
-            "seed", "precision")
+SETTINGS = ("version", "dataset", "data_dir", "size", "classes", "train_size", "test_size", "val_share",
+            "variant", "constrain", "blur", "alpha", "beta", "seed", "precision")
 
 
 class UsageError(ValueError):
@@ -136,15 +136,29 @@ def load_checkpoint(path):
 
 
 def load_data(settings):
-    """The Dataset that settings (a dict of train.py's) name, cut to their sizes."""
-    dataset = data.load(settings["dataset"], settings["data_dir"], settings["size"])
+    """The Dataset that settings (a dict of train.py's) name, with all that they make of it."""
+    s = settings
+    dataset = data.load(s["dataset"], s["data_dir"], s["size"])
+
+    def apply(flag, change, *arguments):
+        try:
+            return change(*arguments)
+        except data.DataError as error:
+            raise UsageError(f"--{flag}: {error}") from None
+    if s["classes"]:
+        dataset = apply("classes", data.choose, dataset, s["classes"])
     for part in ("train", "test"):
-        if settings[f"{part}_size"]:
-            try:
-                cut = data.take(getattr(dataset, part), settings[f"{part}_size"], settings["seed"])
-            except data.DataError as error:
-                raise UsageError(f"--{part}-size: {error}") from None
-            setattr(dataset, part, cut)
+        if s[f"{part}_size"]:
+            split = getattr(dataset, part)
+            setattr(dataset, part, apply(f"{part}-size", data.take, split, s[f"{part}_size"], s["seed"]))
+    if s["val_share"]:
+        dataset.train, dataset.val = apply("val-share", data.hold_out, dataset.train, s["val_share"], s["seed"])
+    dataset.train = apply(f"variant {s['variant']}", data.vary, dataset.train, dataset.classes, s["variant"],
+                          s["constrain"], s["seed"])
+    if s["blur"]:
+        for part in ("train", "val", "test"):
+            if getattr(dataset, part) is not None:
+                setattr(dataset, part, data.blur(getattr(dataset, part), s["blur"]))
     return dataset
 
 
@@ -368,10 +382,10 @@ def main(argv):
         if settings["precision"] == "fp32":
             precision = "fp32"
         if args.dataset:
-            settings |= {"dataset": args.dataset, "test_size": None}
+            settings |= {"dataset": args.dataset, "classes": None, "test_size": None}
         if args.data_dir or not Path(settings["data_dir"]).is_dir():
             settings["data_dir"] = args.data_dir or "data"
-        settings["train_size"] = None  # the training images are not looked at
+        settings |= {"train_size": None, "val_share": 0, "variant": "complete"}  # only the test images matter
         model = model.to(device).eval()
         folder = Path(args.output or Path(args.ckpt).parent / f"evaluation-{Path(args.ckpt).stem}")
         if args.images:

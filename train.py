@@ -118,12 +118,14 @@ def train(model, dataset, s, folder):
             raise FloatingPointError(f"epoch {epoch + 1}: the training loss is {trained['loss']}; "
                                      "a smaller --lr may help")
         tested = measure(model, dataset.test, s.size, s.precision, s.alpha > 0, s.beta > 0)
+        held = dataset.val and measure(model, dataset.val, s.size, s.precision, s.alpha > 0, s.beta > 0)
         tested["loss"] = (s.alpha * (tested["classifier"] or 0) + s.beta * (tested["autoencoder"] or 0)
                           + s.gamma * trained["l2"])
         row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"]}
         row |= {f"train_{key}": value for key, value in trained.items()}
         row |= {f"test_{key}": tested[key] for key in ("loss", "classifier", "autoencoder", "accuracy",
                                                        "mse", "mae", "psnr")}
+        row |= {f"val_{key}": held and held[key] for key in ("accuracy", "mse")}
         row |= {"seconds": seconds, "images_per_second": len(dataset.train.labels) / seconds,
                 "test_seconds": time.perf_counter() - start - seconds}
         rows.append(row)
@@ -139,9 +141,16 @@ def train(model, dataset, s, folder):
 
 
 def best_row(rows):
-    """The first row of the highest test accuracy or, with no classifier trained, the least MSE."""
-    return max(rows, key=lambda row: -row["test_mse"] if row["test_accuracy"] is None
-               else row["test_accuracy"])
+    """The first row of the highest accuracy or, with no classifier trained, the least MSE: on the
+    held-out images where there are any, else on the test images."""
+    part = chosen_on(rows)
+    return max(rows, key=lambda row: -row[f"{part}_mse"] if row[f"{part}_accuracy"] is None
+               else row[f"{part}_accuracy"])
+
+
+def chosen_on(rows):
+    """"val" or "test": which images choose the best epoch."""
+    return "test" if rows[0]["val_accuracy"] is None and rows[0]["val_mse"] is None else "val"
 
 
 def progress(epoch):
@@ -196,7 +205,7 @@ def draw_curves(rows, path, title):
         if key == "accuracy":
             best = best_row(rows)
             axis.plot(best["epoch"], best["test_accuracy"], "k^", markersize=6,
-                      label=f"best (on test): {best['test_accuracy']:.2f} %")
+                      label=f"best (on {chosen_on(rows)}): {best['test_accuracy']:.2f} %")
         axis.set(title=name, xlabel="epoch", ylabel=unit)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
@@ -213,7 +222,7 @@ def summarise(rows, tested, model, dataset):
     if last["test_accuracy"] is not None:
         best = best_row(rows)
         result["accuracy"] = {"last": last["test_accuracy"], "best": best["test_accuracy"],
-                              "best_epoch": best["epoch"], "best_chosen_on": "test"}
+                              "best_epoch": best["epoch"], "best_chosen_on": chosen_on(rows)}
         result["per_class_accuracy"] = per_class(tested["confusion"], dataset.classes)
     result["reconstruction"] = {key: tested[key] for key in
                                 ("mse", "mae", "psnr", "absolute_error_total",
@@ -226,11 +235,13 @@ def summarise(rows, tested, model, dataset):
 def run_name(s, recipe):
     """The version and whatever of the settings differs from its recipe: v4_beta0,
     v4_dataset-shapes, v4_no-decoder."""
-    usual = {"seed": 0, "precision": "auto", "no_decoder": False} | recipe
+    usual = {"seed": 0, "precision": "auto", "no_decoder": False, "val_share": 0.0,
+             "variant": "complete", "blur": 0.0} | recipe
     if s.no_decoder:
         usual["beta"] = 0.0
     parts = [s.version]
-    for key in ("dataset", "size", "train_size", "test_size", "encoder", "classifier", "no_decoder",
+    for key in ("dataset", "size", "classes", "train_size", "test_size", "val_share", "variant",
+                "constrain", "blur", "encoder", "classifier", "no_decoder",
                 "flip", "alpha", "beta", "gamma", "optimizer", "lr", "momentum", "weight_decay",
                 "lr_step", "lr_decay", "epochs", "batch_size", "precision", "seed"):
         value, flag = getattr(s, key), key.replace("_", "-")
@@ -285,6 +296,17 @@ def number(kind, low, high=math.inf, above=False):
     return convert
 
 
+def shares(text):
+    """An argparse type: "bird=0.5,deer=0.25" as a dict."""
+    result = {}
+    for part in text.split(","):
+        name, _, value = part.rpartition("=")
+        result[name] = number(float, 0, 1, above=True)(value)
+    if "" in result:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected CLASS=SHARE,..., such as bird=0.5,deer=0.5")
+    return result
+
+
 def make_parser():
     parser = argparse.ArgumentParser(
         description="Trains an autoencoder with a classifier. Defaults are the version's recipe; "
@@ -307,8 +329,20 @@ def make_parser():
                       help="where named sets lie or are downloaded to (default: data)")
     sets.add_argument("--size", type=number(int, 1, 1024), metavar="PIXELS",
                       help="scale the images to this side (the images' own; v2.3: 64)")
+    sets.add_argument("--classes", type=lambda text: text.split(","), metavar="NAME,NAME",
+                      help="these classes alone (all)")
     sets.add_argument("--train-size", type=positive, metavar="N", help="train on N images (all)")
     sets.add_argument("--test-size", type=positive, metavar="N", help="test on N images (all)")
+    sets.add_argument("--val-share", type=number(float, 0, 0.9), default=0.0, metavar="X",
+                      help="hold this share of the training images out and choose the best epoch on it "
+                      "(default: 0, the best is chosen on the test images)")
+    sets.add_argument("--variant", choices=data.VARIANTS, default="complete",
+                      help="make the training set unequal (constrained) and equal again (default: complete)")
+    sets.add_argument("--constrain", type=shares, metavar="CLASS=X,...",
+                      help="the share of a class's training images that --variant keeps (the CIFAR study's: "
+                      "bird=0.5,deer=0.5,truck=0.5)")
+    sets.add_argument("--blur", type=number(float, 0, 10), default=0.0, metavar="SIGMA",
+                      help="blur all images, train and test, by a Gaussian of SIGMA pixels (default: 0)")
     sets.add_argument("--no-flip", dest="flip", action="store_false", default=None,
                       help="no left-right flips in training (flips; never on mnist and svhn)")
 
@@ -360,6 +394,8 @@ def settle(args):
     if not s.alpha and not s.beta:
         raise UsageError("--alpha 0 and --beta 0: there is nothing to train on; one must be above 0"
                          + " (--no-decoder makes beta 0)" * args.no_decoder)
+    if args.constrain and args.variant == "complete":
+        raise UsageError("--constrain: belongs to --variant constrained, undersampled, oversampled or smote")
     if args.momentum is not None and s.optimizer != "sgd":
         raise UsageError(f"--momentum {args.momentum:g}: belongs to --optimizer sgd, not {s.optimizer}")
     return s, recipe
@@ -392,8 +428,9 @@ def prepare(args):
     if device.type == "cuda":  # the same command, the same bits
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    dataset.train, dataset.test = (data.Split(*(part.to(device) for part in split))
-                                   for split in (dataset.train, dataset.test))
+    for part in ("train", "val", "test"):
+        split = getattr(dataset, part)
+        setattr(dataset, part, split and data.Split(*(tensor.to(device) for tensor in split)))
     return s, dataset, model.to(device, memory_format=torch.channels_last), name
 
 
@@ -401,10 +438,13 @@ def announce(s, dataset, model, folder):
     v, shape = model.version, "x".join(map(str, model.version.in_shape))
     decoder = "no decoder" if model.decoder is None else f"decoder: {v.decoder}" + (
         ", not trained as beta is 0" * (s.beta == 0))
+    per_class = "" if s.variant == "complete" else f"training images, {s.variant}: " + ", ".join(
+        f"{name} {count:,}" for name, count in
+        zip(dataset.classes, data.counts(dataset.train, len(dataset.classes)))) + "\n"
     print(f"{s.version}: {v.encoder} | {v.classifier}\n"
           f"{models.parameter_count(model):,} parameters; {decoder}\n"
           f"{dataset.name}, {dataset.source}: {len(dataset.train.labels):,} training and "
-          f"{len(dataset.test.labels):,} test images, {shape}\n"
+          f"{len(dataset.test.labels):,} test images, {shape}\n{per_class}"
           f"{s.epochs} epochs, batch {s.batch_size}, {s.optimizer} lr {s.lr:g}, alpha {s.alpha:g}, "
           f"beta {s.beta:g}, gamma {s.gamma:g}, seed {s.seed}\n"
           f"on {s.device} in {s.precision}, into {folder}\n", flush=True)
@@ -421,6 +461,7 @@ def main(argv):
         "network": vars(model.version) | {"num_classes": model.num_classes},
         "command": ["python", "train.py", *argv], "source": dataset.source, "classes": dataset.classes,
         "images": {"train": len(dataset.train.labels), "test": len(dataset.test.labels)},
+        "images_per_class": dict(zip(dataset.classes, data.counts(dataset.train, len(dataset.classes)))),
         "torch": torch.__version__, "python": platform.python_version(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"
         if s.device == "cpu" else torch.cuda.get_device_name(), "git": git_commit(),
@@ -442,8 +483,8 @@ def main(argv):
     write_json(folder / "metrics.json", metrics)  # last: its presence says that the run is whole
     if s.alpha:
         accuracy = metrics["accuracy"]
-        print(f"test accuracy: {accuracy['last']:.2f} % after the last epoch; best (on test) "
-              f"{accuracy['best']:.2f} %, epoch {accuracy['best_epoch']}")
+        print(f"test accuracy: {accuracy['last']:.2f} % after the last epoch; best (on "
+              f"{accuracy['best_chosen_on']}) {accuracy['best']:.2f} %, epoch {accuracy['best_epoch']}")
     if s.beta:
         print("reconstruction: MSE {mse:.6f}, MAE {mae:.5f}, PSNR {psnr:.2f} dB (pixels of 0-1)".format(
             **metrics["reconstruction"]))

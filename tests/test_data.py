@@ -1,5 +1,6 @@
 """Sets from each source, their draws, and their batches against the plain computation."""
 import gzip
+import math
 import struct
 
 import numpy as np
@@ -328,3 +329,133 @@ def test_the_command_prints_counts_and_saves_a_sheet(tmp_path, capsys):
             data.main(wrong)
         error = capsys.readouterr().err
         assert end.value.code == 2 and error.count("\n") == 1 and wrong[-1] in error
+
+
+# ---------------------------------------------------------------- variants of the training set
+
+def unequal(counts, side=4):
+    """A Split with that many images of each class, shuffled; every image different."""
+    labels = torch.cat([torch.full((count,), label) for label, count in enumerate(counts)])
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))
+    images = torch.randint(0, 256, (len(labels), 3, side, side), dtype=torch.uint8,
+                           generator=torch.Generator().manual_seed(2))
+    return data._split(images, labels[order])
+
+
+def rows_of(split, whole):
+    """Each image's place in the whole set."""
+    places = {image.numpy().tobytes(): i for i, image in enumerate(whole.images.contiguous())}
+    return [places[image.numpy().tobytes()] for image in split.images.contiguous()]
+
+
+NAMES = ["plane", "bird", "deer", "truck"]
+
+
+@pytest.mark.parametrize("variant, expected", [
+    ("complete", [40, 40, 40, 40]), ("constrained", [40, 20, 20, 20]), ("undersampled", [20, 20, 20, 20]),
+    ("oversampled", [40, 40, 40, 40]), ("smote", [40, 40, 40, 40])])
+def test_the_studys_variants(variant, expected):
+    whole = unequal([40, 40, 40, 40])
+    made = data.vary(whole, NAMES, variant, None, seed=0)
+    assert data.counts(made, 4) == expected
+    if variant == "smote":
+        made = data.Split(made.images[:100], made.labels[:100])  # the 60 synthetic ones come last
+    rows = rows_of(made, whole)
+    assert torch.equal(made.labels, whole.labels[rows])
+    times = torch.bincount(torch.tensor(rows), minlength=160)
+    if variant == "oversampled":  # each of the 20 that were kept twice
+        for label, (once, twice) in enumerate([(40, 0), (0, 20), (0, 20), (0, 20)]):
+            own = times[whole.labels == label]
+            assert ((own == 1).sum(), (own == 2).sum()) == (once, twice)
+    else:
+        assert times.max() == 1
+    assert torch.equal(made.images, data.vary(whole, NAMES, variant, None, 0).images[:len(rows)])
+    if variant != "complete":
+        other = data.vary(whole, NAMES, variant, None, seed=1)
+        assert not torch.equal(made.images, other.images[:len(rows)])
+
+
+def test_other_classes_and_shares():
+    whole = unequal([40, 40, 10, 40])
+    made = data.vary(whole, NAMES, "oversampled", {"plane": 0.25, "truck": 0.7}, 0)
+    assert data.counts(made, 4) == [40, 40, 40, 40]  # 10, 40, 10, 28: whole repeats and a drawn rest
+    times = torch.bincount(torch.tensor(rows_of(made, whole)), minlength=130)
+    truck = times[whole.labels == 3]
+    assert truck.max() == 2 and (truck == 2).sum() == 12 and (truck == 1).sum() == 16
+    assert times[whole.labels == 2].tolist() == [4] * 10
+    assert data.counts(data.vary(whole, ["a", "b", "c", "d"], "undersampled", None, 0), 4) == [10] * 4
+
+
+@pytest.mark.parametrize("variant, shares, expected", [
+    ("constrained", {"cat": 0.5}, "no class 'cat'"), ("constrained", {"bird": 0.001}, "'bird' is left with no"),
+    ("smote", {}, "nothing to make of 40"), ("smote", {"bird": 0.02}, "expected two or more")])
+def test_variants_that_cannot_be_made(variant, shares, expected):
+    with pytest.raises(data.DataError, match=expected):
+        data.vary(unequal([40, 40, 40, 40]), NAMES, variant, shares, 0)
+
+
+def test_smote_lies_between_a_picture_and_one_of_its_nearest_neighbours():
+    whole = unequal([30, 12])
+    made = data.smote(whole, seed=0, k=3)
+    assert torch.equal(made.images[:42], whole.images)
+    synthetic = made.images[42:].flatten(1).double()
+    assert data.counts(made, 2) == [30, 30] and made.labels[42:].tolist() == [1] * 18
+    own = whole.images[whole.labels == 1].flatten(1).double()
+    far = torch.cdist(own, own).fill_diagonal_(math.inf)
+    near = far.argsort(1)[:, :3]
+    for picture in synthetic:
+        # On some line from a picture to one of its three nearest: picture = a + gap * (b - a).
+        misses = []
+        for i in range(12):
+            for j in near[i].tolist():
+                way = own[j] - own[i]
+                gap = ((picture - own[i]) @ way / (way @ way)).clamp(0, 1)
+                misses.append((own[i] + gap * way - picture).abs().max().item())
+        assert min(misses) < 1  # rounding to whole pixel values, in each of 48
+    assert not torch.equal(made.images[42:], data.smote(whole, seed=1, k=3).images[42:])
+
+
+def test_smote_among_equal_pictures():
+    whole = unequal([9, 4])
+    images = whole.images.clone()
+    images[whole.labels == 1] = 7
+    made = data.smote(data._split(images, whole.labels), 0)
+    assert (made.images[13:] == 7).all() and data.counts(made, 2) == [9, 9]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_nearest_against_all_distances(chunk):
+    torch.manual_seed(0)
+    a, b = torch.randn(20, 5), torch.randn(50, 5)
+    assert torch.equal(data.nearest(a, b, 4, chunk), torch.cdist(a.double(), b.double()).argsort(1)[:, :4])
+
+
+def test_holding_out_parts_the_set_in_proportion():
+    whole = unequal([40, 20])
+    train, val = data.hold_out(whole, 0.25, seed=0)
+    assert data.counts(train, 2) == [30, 15] and data.counts(val, 2) == [10, 5]
+    assert sorted(rows_of(train, whole) + rows_of(val, whole)) == list(range(60))
+    with pytest.raises(data.DataError, match="some, not all"):
+        data.hold_out(whole, 0.001, 0)
+
+
+def test_chosen_classes_are_renumbered():
+    whole = data.shapes(train=60, test=30)
+    made = data.choose(whole, ["star", "ring"])
+    assert made.classes == ["ring", "star"] and data.counts(made.train, 2) == [6, 6]
+    assert torch.equal(made.test.images[made.test.labels == 1], whole.test.images[whole.test.labels == 4])
+    with pytest.raises(data.DataError, match="no class 'dog'; shapes has circle"):
+        data.choose(whole, ["dog", "ring"])
+
+
+def test_blur_is_a_gaussian():
+    """A bright line becomes the sampled Gaussian; a plain picture stays as it is."""
+    images = torch.zeros(2, 1, 32, 32, dtype=torch.uint8)
+    images[0, 0, :, 16] = 255
+    images[1] = 99
+    made = data.blur(data._split(images, torch.zeros(2)), 2.0).images
+    bell = np.exp(-np.arange(-6, 7) ** 2 / (2 * 2.0 ** 2))
+    expected = np.zeros(32)
+    expected[10:23] = 255 * bell / bell.sum()
+    assert np.abs(made[0, 0, 5].numpy() - expected).max() <= 1
+    assert (made[1] == 99).all() and made.dtype == torch.uint8
