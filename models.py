@@ -14,18 +14,24 @@ Tokens are joined by `>`; where a map meets a linear layer it is flattened.
     L(n)    linear to n, ReLU                                    linear
     L'(n)   linear to n                                          linear
     D(p)    dropout with probability p                           nothing
+    A(n)    average-pool to an n x n map                         none: for classifiers
     T(n)    2x2 transposed conv, stride 2, ReLU                  none: for written-out decoders
+    T'(n)   1x1 transposed conv, ReLU                            none
 
 A decoder is its encoder's mirror (every layer backwards, ReLU after each but the last) or is
-written out (no ReLU after its last layer). `python models.py` prints the table of all
-versions, `python models.py v4` one of them layer by layer. This file needs torch alone.
+written out (no ReLU after its last layer). An encoder may also be one of torchvision's networks,
+by name (BACKBONES). `python models.py` prints the table of all versions, `python models.py v4`
+one of them layer by layer. This file needs torch, and torchvision for its networks alone.
 """
 import difflib
 import math
 import re
+import socket
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlparse
 
 import torch
 import torch.nn.functional as F
@@ -35,10 +41,12 @@ from torch import nn
 @dataclass(frozen=True)
 class Version:
     """A network in the notation. decoder: "mirror", a notation, or None for no decoder."""
-    encoder: str
+    encoder: str  # a notation, or a name of BACKBONES
     classifier: str | None = None  # its last L'(n) follows the data set's number of classes
     decoder: str | None = "mirror"
     in_shape: tuple = (3, 32, 32)  # the study's input: channels, height, width
+    pretrained: bool = False  # a backbone begins with its ImageNet weights
+    skip: bool = False  # the study's modified network: lower features join the classifier's
 
 
 # The networks of the CIFAR study. v4 has dropout after the classifier's first two convs, as
@@ -60,7 +68,20 @@ VERSIONS = {
     "v4": Version("C'(32)>C(32)", V4_DROPOUT),
     "v4-plain": Version("C'(32)>C(32)", "C'(32)>C(64)>C(64)>L(512)>L(128)>L'(10)"),
     "v4-stride2": Version("C'(32)>S(32)", V4_DROPOUT),
+    # The standard networks, each with its own classifier. SqueezeNet's, a 1x1 conv and an
+    # average, stands here in the other order, without the ReLU between.
+    "vgg": Version("vgg16", "A(7)>L(4096)>D(0.5)>L(4096)>D(0.5)>L'(10)",
+                   "T(512)>T(256)>T(128)>T(64)>T(3)", (3, 224, 224), pretrained=True),
+    "resnet": Version("resnet50", "A(1)>L'(10)", "T(1024)>T(512)>T(256)>T(64)>T(3)", (3, 224, 224),
+                      pretrained=True),
+    "mobilenet": Version("mobilenet_v2", "A(1)>D(0.2)>L'(10)", "T(576)>T(384)>T(192)>T(64)>T(3)",
+                         (3, 224, 224), pretrained=True),
+    "squeezenet": Version("squeezenet1_1", "A(1)>D(0.5)>L'(10)", "T(384)>T'(256)>T(128)>T(64)>T(3)",
+                          (3, 224, 224), pretrained=True),
 }
+# torchvision's networks that can be an encoder: all but their classifier. The number is where
+# their lower features, about 56x56 of 224x224 pixels, come out.
+BACKBONES = {"vgg16": 10, "resnet50": 5, "mobilenet_v2": 4, "squeezenet1_1": 6}
 
 
 class NotationError(ValueError):
@@ -110,21 +131,37 @@ class Autoencoder(nn.Module):
     None where the part is missing or not asked for.
     """
 
-    def __init__(self, encoder, classifier=None, decoder=None):
+    def __init__(self, encoder, classifier=None, decoder=None, tap=None):
+        """tap: after how many of the encoder's layers its lower features go to a Joined classifier."""
         super().__init__()
-        self.encoder, self.classifier, self.decoder = encoder, classifier, decoder
+        self.encoder, self.classifier, self.decoder, self.tap = encoder, classifier, decoder, tap
 
     def forward(self, x, classify=True, reconstruct=True):
-        code = self.encoder(x)
-        logits = self.classifier(code) if classify and self.classifier is not None else None
+        lower = x if self.tap is None else self.encoder[:self.tap](x)
+        code = self.encoder[self.tap:](lower) if self.tap else self.encoder(x)
+        logits = None
+        if classify and self.classifier is not None:
+            logits = self.classifier(code, lower) if self.tap else self.classifier(code)
         rebuilt = self.decoder(code) if reconstruct and self.decoder is not None else None
         return logits, rebuilt
+
+
+class Joined(nn.Module):
+    """The classifier of the CIFAR study's modified network: the encoder's lower features, through
+    one conv, are concatenated with the final features before the last part."""
+
+    def __init__(self, features, lower, last):
+        super().__init__()
+        self.features, self.lower, self.last = features, lower, last
+
+    def forward(self, code, lower):
+        return self.last(torch.cat([self.features(code), self.lower(lower)], 1))
 
 
 # ---------------------------------------------------------------- from notation to layers
 
 class Token(NamedTuple):
-    kind: str      # C, C', S, G, L, L', D or T
+    kind: str      # C, C', S, G, L, L', D, A, T or T'
     value: float   # channels or units (int), for D the probability
     where: str     # the notation, the token's place and text, for messages
 
@@ -134,10 +171,10 @@ def parse(notation):
     tokens = []
     for place, text in enumerate(str(notation).split(">"), 1):
         where = f"{notation!r}, token {place} {text.strip()!r}"
-        match = re.fullmatch(r"\s*(C'?|S|G|L'?|D|T)\(\s*([0-9.]+)\s*\)\s*", text)
+        match = re.fullmatch(r"\s*(C'?|S|G|L'?|D|A|T'?)\(\s*([0-9.]+)\s*\)\s*", text)
         if not match:
             raise NotationError(f"{where}: expected one of C(n) C'(n) S(n) G(n) L(n) L'(n) D(p) "
-                                "T(n), joined by '>'")
+                                "A(n) T(n) T'(n), joined by '>'")
         kind, number = match.groups()
         if kind == "D":
             if not re.fullmatch(r"0?\.\d+|0", number):
@@ -176,6 +213,10 @@ def _layer(token, shape):
         return [conv, nn.ReLU()], (n, (h + 1) // 2, (w + 1) // 2)
     if kind == "G":
         return [nn.Conv2d(c, n, (h, w))], (n, 1, 1)
+    if kind == "A":
+        return [nn.AdaptiveAvgPool2d(n)], (c, n, n)
+    if kind == "T'":
+        return [ConvTranspose2d(c, n, 1), nn.ReLU()], (n, h, w)
     return [ConvTranspose2d(c, n, 2, stride=2), nn.ReLU()], (n, 2 * h, 2 * w)  # T
 
 
@@ -189,8 +230,8 @@ def _mirrored(token, before, after):
     if kind in ("L", "L'"):
         unflatten = [nn.Unflatten(1, before)] if len(before) == 3 else []
         return [nn.Linear(after[0], math.prod(before))] + unflatten
-    if kind == "T":
-        raise NotationError(f"{token.where}: T has no mirror; write the decoder out, or leave it out")
+    if kind in ("A", "T", "T'"):
+        raise NotationError(f"{token.where}: {kind} has no mirror; write the decoder out, or leave it out")
     channels, odd = (after[0], before[0]), (before[1] % 2, before[2] % 2)
     if kind == "C'":
         return [ConvTranspose2d(*channels, 1)]
@@ -224,6 +265,68 @@ def mirror(steps):
     return nn.Sequential(*modules[:-1])
 
 
+def joined(notation, shape, lower):
+    """The Joined classifier of a notation, for a code and lower features of those shapes."""
+    if len(shape) != 3:
+        raise NotationError(f"{notation!r}: skip joins maps, but the code is a vector of {shape[0]}; "
+                            "expected an encoder of C, C', S, or no --skip")
+    tokens, parts = parse(notation), notation.split(">")
+    cut = [token.kind in ("A", "L", "L'") for token in tokens].index(True)
+    features, steps = layers(">".join(parts[:cut]), shape) if cut else ([], [(None, None, shape)])
+    c, h, w = steps[-1][2]
+    n = lower[0]
+    conv = [nn.Conv2d(n, n, 3, stride=2, padding=1), nn.AdaptiveMaxPool2d((h, w)), nn.ReLU()]
+    last, _ = layers(">".join(parts[cut:]), (c + n, h, w))
+    return Joined(*(nn.Sequential(*modules) for modules in (features, conv, last)))
+
+
+def backbone(name, pretrained):
+    """A network of torchvision: (its encoder, an nn.Sequential; its classifier).
+
+    pretrained: its ImageNet weights, from torch's cache or downloaded. NotationError where they
+    cannot be had.
+    """
+    from torchvision.models import get_model, get_model_weights
+    net = get_model(name)
+    if pretrained:
+        weights = get_model_weights(name)["IMAGENET1K_V1"]
+        path = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(weights.url).path).name)
+        timeout = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(20)  # a network that swallows everything is answered, too
+        try:
+            net.load_state_dict(weights.get_state_dict(progress=False, check_hash=True, weights_only=True))
+        except Exception as error:  # no network, no disk, or a file that is not what its name says
+            reason = " ".join(str(error).split())[:80]
+            problem = (f"its ImageNet weights in {path} cannot be read ({reason}); put {weights.url} there anew"
+                       if path.exists() else f"its ImageNet weights are not in {path} and could not be "
+                       f"downloaded ({reason}); put {weights.url} there")
+            raise NotationError(f"{name}: {problem}, or start it untrained with --no-pretrained") from None
+        finally:
+            socket.setdefaulttimeout(timeout)
+    if name == "resnet50":  # all but the pooling and the linear layer
+        return nn.Sequential(*list(net.children())[:-2]), net.fc
+    return net.features, net.classifier
+
+
+def _encoder(version):
+    """(the encoder; the steps that `layers` gives, of a backbone the lower and the upper part; how
+    many of its layers give the lower features; a backbone's own classifier, else None)."""
+    shape = version.in_shape
+    if version.encoder not in BACKBONES:
+        modules, steps = layers(version.encoder, shape)
+        return nn.Sequential(*modules), steps, len(_layer(steps[0][0], shape)[0]), None
+    if shape[0] != 3 or min(shape[1:]) < 32:
+        raise NotationError(f"{version.encoder}: images of {_x(shape)}; expected 3 channels and sides of at "
+                            "least 32 (--size)")
+    encoder, classifier = backbone(version.encoder, version.pretrained)
+    tap = BACKBONES[version.encoder]
+    with torch.no_grad():
+        lower = encoder.eval()[:tap](torch.zeros(1, *shape))
+        code = encoder[tap:](lower)
+    steps = [(None, shape, tuple(lower.shape[1:])), (None, tuple(lower.shape[1:]), tuple(code.shape[1:]))]
+    return encoder.train(), steps, tap, classifier
+
+
 def find(name):
     """The Version of that name; NotationError names the nearest one."""
     if name not in VERSIONS:
@@ -243,8 +346,8 @@ def build(version, in_shape=None, num_classes=10, **changes):
     """
     version = replace(version if isinstance(version, Version) else find(version), **changes)
     version = replace(version, in_shape=tuple(in_shape or version.in_shape))
-    encoder, steps = layers(version.encoder, version.in_shape)
-    classifier = decoder = None
+    encoder, steps, tap, own = _encoder(version)
+    code, classifier, decoder = steps[-1][2], None, None
     # The decoder is built last, so that a seed gives the same encoder and classifier with it
     # and without it.
     if version.classifier is not None:
@@ -253,18 +356,39 @@ def build(version, in_shape=None, num_classes=10, **changes):
             raise NotationError(f"{last.where}: a classifier ends in L'(number of classes)")
         head = version.classifier.rpartition(">")[0]
         notation = f"{head}>L'({num_classes})" if head else f"L'({num_classes})"
-        classifier = nn.Sequential(*layers(notation, steps[-1][2])[0])
+        classifier = (joined(notation, code, steps[0][2]) if version.skip
+                      else nn.Sequential(*layers(notation, code)[0]))
+        if version.pretrained:  # those linear layers that are a backbone's own (VGG16's first two)
+            for ours, theirs in zip(_linears(classifier), _linears(own)):
+                if ours.weight.shape == theirs.weight.shape:
+                    ours.load_state_dict(theirs.state_dict())
     if version.decoder == "mirror":
+        if version.encoder in BACKBONES:
+            raise NotationError(f"{version.encoder}: has no mirror; expected a decoder that is written out")
         decoder = mirror(steps)
     elif version.decoder is not None:
-        modules, written = layers(version.decoder, steps[-1][2])
-        if written[-1][2] != version.in_shape:
-            raise NotationError(f"{version.decoder!r} ends in {_x(written[-1][2])}; expected the "
-                                f"images' shape {_x(version.in_shape)}")
-        decoder = nn.Sequential(*modules[:-1] if isinstance(modules[-1], nn.ReLU) else modules)
-    model = Autoencoder(nn.Sequential(*encoder), classifier, decoder)
-    model.version, model.num_classes = version, num_classes
+        decoder = written_out(version.decoder, code, version.in_shape)
+    model = Autoencoder(encoder, classifier, decoder, tap if version.skip else None)
+    model.version, model.num_classes, model.code_shape = version, num_classes, code
     return model
+
+
+def _linears(module):
+    return [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+
+
+def written_out(notation, code, in_shape):
+    """The decoder of a notation: no ReLU at its end, its picture scaled to the images' size where
+    it has another one (SqueezeNet's 13x13 map does not double to 224)."""
+    modules, steps = layers(notation, code)
+    shape = steps[-1][2]
+    if len(shape) != 3 or shape[0] != in_shape[0]:
+        raise NotationError(f"{notation!r} ends in {_x(shape)}; expected the images' {in_shape[0]} channels")
+    if isinstance(modules[-1], nn.ReLU):
+        modules.pop()
+    if shape != in_shape:
+        modules.append(nn.Upsample(in_shape[1:], mode="bilinear", align_corners=False))
+    return nn.Sequential(*modules)
 
 
 # ---------------------------------------------------------------- the tables
@@ -289,7 +413,7 @@ def trace(model):
 
     hooks = [layer.register_forward_hook(lambda layer, x, y, part=part: note(part, layer, x[0], y))
              for part in ("encoder", "classifier", "decoder") if getattr(model, part) is not None
-             for layer in getattr(model, part)]
+             for layer in getattr(model, part).modules() if not list(layer.children())]
     training = model.training
     with torch.no_grad():
         model.eval()(torch.zeros(1, *shape, device=next(model.parameters()).device))
@@ -314,16 +438,17 @@ def main(argv):
     if not argv:
         print(f"{'version':<12}{'input':<10}{'code':<10}{'parameters':>12}{'MB':>8}{'M adds':>9}")
         for name in VERSIONS:
-            model = build(name)
+            with torch.device("meta"):  # shapes alone: no weights are made or read
+                model = build(name, pretrained=False)
             v, rows, count = model.version, trace(model), parameter_count(model)
-            code = [shape for part, _, shape, _, _ in rows if part == "encoder"][-1]
-            print(f"{name:<12}{_x(v.in_shape):<10}{_x(code):<10}{count:>12,}{count * 4 / 1e6:>8.1f}"
+            print(f"{name:<12}{_x(v.in_shape):<10}{_x(model.code_shape):<10}{count:>12,}{count * 4 / 1e6:>8.1f}"
                   f"{sum(row[4] for row in rows) / 1e6:>9.1f}\n  {v.encoder} | {v.classifier}")
         print("The line below a version: encoder | classifier. MB: its weights in fp32.\n"
               "M adds: millions of multiply-adds per image, decoder included.")
         return 0
     try:
-        model = build(argv[0])
+        with torch.device("meta"):
+            model = build(argv[0], pretrained=False)
     except NotationError as error:
         print(f"models.py: error: {error}", file=sys.stderr)
         return 2

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.models import get_model
 
 import models
 from models import NotationError, Version, build
@@ -53,7 +54,7 @@ def test_v1_encoder_alone_written_out_in_numbers():
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (3, 64, 64), (3, 33, 45)])
-@pytest.mark.parametrize("version", models.VERSIONS)
+@pytest.mark.parametrize("version", [name for name, v in models.VERSIONS.items() if v.decoder == "mirror"])
 def test_the_mirror_gives_every_shape_back(version, shape):
     if version.startswith("v1") and shape[1] > 40:
         shape = (1, 45, 33)  # the same question, a tenth of the weights
@@ -186,12 +187,125 @@ def test_other_networks_that_cannot_be_built():
         build("v44")
     with pytest.raises(NotationError, match="ends in L'"):
         build("v4", classifier="L(128)>L(10)")
-    with pytest.raises(NotationError, match="expected the images' shape 3x32x32"):
-        build("v4", decoder="T(8)>T(3)")
+    with pytest.raises(NotationError, match="expected the images' 3 channels"):
+        build("v4", decoder="T(8)>T(8)")
+    with pytest.raises(NotationError, match="resnet50: has no mirror"):
+        build("resnet", decoder="mirror", pretrained=False)
+    with pytest.raises(NotationError, match="images of 1x28x28; expected 3 channels and sides of at least 32"):
+        build("resnet", (1, 28, 28), pretrained=False)
+    with pytest.raises(NotationError, match="the code is a vector of 128"):
+        build("v1", skip=True)
 
 
 def test_the_last_layer_follows_the_number_of_classes():
     assert build("v4", num_classes=100)(torch.randn(2, 3, 32, 32))[0].shape == (2, 100)
+
+
+# ---------------------------------------------------------------- standard networks, the modified one
+
+# torchvision's published totals for 1000 classes, less the last layer of each.
+TRUNKS = {"vgg": 138_357_544 - linear(25_088, 4096) - linear(4096, 4096) - linear(4096, 1000),
+          "resnet": 25_557_032 - linear(2048, 1000), "mobilenet": 3_504_872 - linear(1280, 1000),
+          "squeezenet": 1_235_496 - linear(512, 1000)}
+CODES = {"vgg": (512, 7, 7), "resnet": (2048, 7, 7), "mobilenet": (1280, 7, 7), "squeezenet": (512, 13, 13)}
+
+
+@pytest.mark.parametrize("version", TRUNKS)
+def test_a_standard_network_is_torchvisions(version):
+    with torch.device("meta"):
+        model = build(version, pretrained=False)
+        logits, rebuilt = model.eval()(torch.zeros(2, 3, 224, 224))
+    assert models.parameter_count(model.encoder) == TRUNKS[version]
+    assert model.code_shape == CODES[version]
+    assert logits.shape == (2, 10) and rebuilt.shape == (2, 3, 224, 224)
+    assert not isinstance(model.decoder[-1], nn.ReLU)
+
+
+@pytest.mark.parametrize("version", TRUNKS)
+@pytest.mark.parametrize("size", [32, 50, 64])
+def test_a_standard_network_takes_other_sizes(version, size):
+    with torch.device("meta"):
+        model = build(version, (3, size, size), 7, pretrained=False)
+        logits, rebuilt = model.eval()(torch.zeros(2, 3, size, size))
+    assert logits.shape == (2, 7) and rebuilt.shape == (2, 3, size, size)
+
+
+@pytest.mark.parametrize("version, file", [
+    ("vgg", "vgg16-397923af.pth"), ("resnet", "resnet50-0676ba61.pth"),
+    ("mobilenet", "mobilenet_v2-b0353104.pth"), ("squeezenet", "squeezenet1_1-b8a52dc0.pth")])
+def test_pretrained_weights_come_from_torchs_cache(version, file, tmp_path, monkeypatch):
+    """A file of the right name and shapes, every tensor filled with a number of its own."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with torch.device("meta"):
+        state = get_model(models.VERSIONS[version].encoder).state_dict()
+    fills = {name: (i % 50 + 1) / 64 for i, name in enumerate(state)}
+    place = tmp_path / "hub" / "checkpoints" / file
+    place.parent.mkdir(parents=True)
+    torch.save({name: torch.tensor(fills[name]).to(tensor.dtype).expand(tensor.shape)  # one number on disk
+                for name, tensor in state.items()}, place)
+    model = build(version, (3, 32, 32), num_classes=10)
+    trunk = [fill for name, fill in fills.items() if not name.startswith(("classifier.", "fc."))]
+    loaded = list(model.encoder.state_dict().values())
+    assert len(loaded) == len(trunk)
+    for tensor, fill in zip(loaded, trunk):
+        assert (tensor == torch.tensor(fill).to(tensor.dtype)).all()
+    own = [layer.weight.flatten()[0].item() in fills.values() for layer in models._linears(model.classifier)]
+    assert own == ([True, True, False] if version == "vgg" else [False])
+
+    place.write_bytes(place.read_bytes()[:1000])
+    with pytest.raises(NotationError, match=f"{file} cannot be read.*put https://.*anew, or.*--no-pretrained"):
+        build(version)
+
+
+def test_pretrained_weights_that_cannot_be_had(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def refused(*args, **kwargs):
+        raise OSError("Name or service\nnot known")
+    monkeypatch.setattr("urllib.request.urlopen", refused)
+    monkeypatch.setattr("torch.hub.urlopen", refused)
+    with pytest.raises(NotationError) as error:
+        build("squeezenet")
+    message = str(error.value)
+    assert "\n" not in message and "--no-pretrained" in message and "Name or service not known" in message
+    assert str(tmp_path / "hub/checkpoints/squeezenet1_1-b8a52dc0.pth") in message
+    assert "put https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth there" in message
+
+
+def test_the_modified_network_joins_lower_features():
+    """v4: 32 channels of the encoder's first layer join the 64 of the last conv before L(512)."""
+    plain, model = build("v4").eval(), build("v4", skip=True).eval()
+    more = conv(32, 32) + 32 * 4 * 4 * 512
+    assert models.parameter_count(model) == models.parameter_count(plain) + more
+    images = torch.randn(2, 3, 32, 32)
+    code, lower = model.encoder(images), model.encoder[:2](images)
+    assert lower.shape == (2, 32, 32, 32)
+    joined = model.classifier
+    conv_layer = joined.lower[0]
+    side = F.relu(F.max_pool2d(F.conv2d(lower, conv_layer.weight, conv_layer.bias, stride=2, padding=1), 4))
+    final = joined.features(code)
+    assert final.shape == (2, 64, 4, 4) and side.shape == (2, 32, 4, 4)
+    logits, rebuilt = model(images)
+    torch.testing.assert_close(logits, joined.last(torch.cat([final, side], 1)))
+    torch.testing.assert_close(rebuilt, model.decoder(code))
+    with torch.no_grad():  # with the lower features cut off, the rest still counts, and the other way round
+        conv_layer.weight.zero_(), conv_layer.bias.zero_()
+    assert not torch.equal(model(images)[0], logits)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (3, 33, 45)])
+@pytest.mark.parametrize("version", ["v3", "v3.3", "v4", "v4-stride2"])
+def test_the_modified_network_in_other_sizes(version, shape):
+    logits, rebuilt = build(version, shape, 7, skip=True).eval()(torch.randn(2, *shape))
+    assert logits.shape == (2, 7) and rebuilt.shape == (2, *shape)
+
+
+def test_the_modified_resnet():
+    with torch.device("meta"):
+        model = build("resnet", pretrained=False, skip=True)
+        assert model.encoder[:model.tap](torch.zeros(1, 3, 224, 224)).shape == (1, 256, 56, 56)
+        assert model.eval()(torch.zeros(1, 3, 224, 224))[0].shape == (1, 10)
+    assert models.parameter_count(model.classifier) == conv(256, 256) + linear(2048 + 256, 10)
 
 
 def test_multiply_adds_by_hand():
