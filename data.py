@@ -576,14 +576,33 @@ def _affine(images, shift_scale):
     return torch.addcmul(shift, rows, scale).view(b, h, w, c).permute(0, 3, 1, 2)
 
 
-def normalise(images, size=None):
+def normalise(images, size=None, margin=False, offsets=None):
     """uint8 images (B, C, H, W) as the network sees them: float32, minus mean, over std.
 
-    size: bring them to size x size first: shorter side scaled (bilinear), centre cropped.
+    size: bring them to size x size first: shorter side scaled (bilinear), then cropped. margin:
+    scale to 8/7 of size before the crop, as ImageNet's 256 and 224. offsets: (B, 2), from 0 (top,
+    left) to 1, where each image's crop lies; the centre where None.
     """
-    if size is not None and tuple(images.shape[2:]) != (size, size):
-        images = TF.center_crop(TF.resize(images, [size], antialias=True), [size, size])
+    if size is not None and (margin or tuple(images.shape[2:]) != (size, size)):
+        images = TF.resize(images, [size * 8 // 7 if margin else size], antialias=True)
+        if offsets is None:
+            images = TF.center_crop(images, [size, size])
+        else:
+            room = torch.tensor(images.shape[2:], device=images.device) - size + 1
+            first = (offsets * room).long()[:, :, None] + torch.arange(size, device=images.device)  # B, 2, size
+            picture = torch.arange(len(images), device=images.device)[:, None, None]
+            pixels = images.permute(0, 2, 3, 1)[picture, first[:, 0, :, None], first[:, 1, None, :]]
+            images = pixels.permute(0, 3, 1, 2)
     return _affine(images, _shift_scale)
+
+
+def add_noise(images, std, generator):
+    """Normalised images (B, C, H, W) with Gaussian noise, std in pixels of 0-1, on their device.
+    generator: a torch.Generator of that device."""
+    b, c, h, w = images.shape
+    noise = torch.randn(b, h * w * c, generator=generator, device=images.device)
+    noise *= std / _mean_std(c, h * w, images.device)[1]
+    return images + noise.view(b, h, w, c).permute(0, 3, 1, 2)
 
 
 def to_pixels(normalised):
@@ -591,26 +610,32 @@ def to_pixels(normalised):
     return _affine(normalised, _mean_std).clamp_(0, 1)
 
 
-def batches(split, batch_size, epoch_seed=None, flip=False, size=None):
+def batches(split, batch_size, epoch_seed=None, flip=False, size=None, margin=False, part=(0, 1)):
     """A split's batches, (images, labels) as `normalise` makes them, on the split's device.
 
     epoch_seed: an int shuffles, always in the same order for the same seed; None keeps the
-    set's order. flip: turn each image left to right with probability 1/2 (drawn from the same
-    seed). The last batch may be smaller.
+    set's order. flip: turn each image left to right with probability 1/2; margin: crop it
+    anywhere, with epoch_seed None in the centre (both drawn from the same seed). The last batch
+    may be smaller. part: (rank, processes): every batch's share of that process; one image, for
+    company, where the batch has none for it.
     """
-    n, device = len(split.labels), split.images.device
+    n, device, (rank, processes) = len(split.labels), split.images.device, part
     generator = torch.Generator().manual_seed(0 if epoch_seed is None else epoch_seed)
     order = torch.arange(n) if epoch_seed is None else torch.randperm(n, generator=generator)
     flipped = (torch.rand(n, generator=generator) < 0.5).to(device)
+    offsets = torch.rand(n, 2, generator=generator).to(device) if margin and epoch_seed is not None else None
     order = order.to(device)
     pixels = split.images.permute(0, 2, 3, 1)  # (N, H, W, C), contiguous: an image is a row
     for start in range(0, n, batch_size):
-        rows = order[start:start + batch_size]
+        stop = min(start + batch_size, n)
+        own = slice(start + rank, stop, processes) if start + rank < stop else slice(start, start + 1)
+        rows = order[own]
         images = pixels.index_select(0, rows).permute(0, 3, 1, 2)
         if flip:
-            turned = flipped[start:start + batch_size, None, None, None]
+            turned = flipped[own, None, None, None]
             images = images.flip(3) * turned + images * ~turned  # torch.where takes twice the time
-        yield normalise(images, size), split.labels.index_select(0, rows)
+        yield (normalise(images, size, margin, None if offsets is None else offsets[own]),
+               split.labels.index_select(0, rows))
 
 
 # ---------------------------------------------------------------- python data.py

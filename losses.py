@@ -1,6 +1,7 @@
 """The terms of the loss and their weighted sum.
 
-    loss = alpha * classifier_loss + beta * autoencoder_loss + gamma * l2_reg_loss
+    loss = (alpha * classifier_loss + beta * autoencoder_loss + gamma * l2_reg_loss
+            + delta * jigsaw_recon_loss)
 
     total, terms = weighted_loss(1.0, 1.0, 0.0, logits=logits, labels=labels,
                                  reconstruction=reconstruction, images=images)
@@ -8,12 +9,25 @@
 alpha = 0 trains an autoencoder alone, beta = 0 a classifier alone. Every loss is computed in
 float32, whatever precision the network ran in. This file needs torch alone.
 """
+import torch
 import torch.nn.functional as F
 
 
-def classifier_loss(logits, labels):
-    """Mean cross entropy. logits (B, classes), any float; labels (B,) int64."""
-    return F.cross_entropy(logits.float(), labels)
+def classifier_loss(logits, labels, class_weights=None):
+    """Mean cross entropy. logits (B, classes), any float; labels (B,) int64.
+
+    class_weights (classes,): each image's loss times its class's weight; still divided by B.
+    """
+    if class_weights is None:
+        return F.cross_entropy(logits.float(), labels)
+    return F.cross_entropy(logits.float(), labels, class_weights, reduction="sum") / len(labels)
+
+
+def balanced_weights(labels, classes):
+    """Class weights (classes,) float32 by which every class counts the same in the mean over these
+    labels: images / (classes * images of the class); 0 for a class without images."""
+    counts = torch.bincount(labels, minlength=classes)
+    return torch.where(counts > 0, len(labels) / (classes * counts.clamp(min=1)), 0.0)
 
 
 def autoencoder_loss(reconstruction, images):
@@ -30,8 +44,31 @@ def l2_reg_loss(parameters):
     return 0.5 * sum(p.float().square().sum() for p in parameters)
 
 
-def weighted_loss(alpha=1.0, beta=1.0, gamma=0.0, *, logits=None, labels=None,
-                  reconstruction=None, images=None, parameters=None):
+def jumble(images, grid, order):
+    """Images cut into grid x grid tiles that change their places.
+
+    images (B, C, H, W), H and W multiples of grid; order (B, grid * grid): the tile, counted row
+    by row, that comes to each place. jumble(..., order.argsort(1)) puts them back.
+    """
+    b, c, h, w = images.shape
+    tiles = images.view(b, c, grid, h // grid, grid, w // grid).permute(0, 2, 4, 3, 5, 1).flatten(1, 2)
+    tiles = tiles[torch.arange(b, device=images.device)[:, None], order]  # (B, grid * grid, h, w, C)
+    rows = tiles.unflatten(1, (grid, grid)).permute(0, 1, 3, 2, 4, 5)     # (B, grid, h, grid, w, C)
+    return rows.reshape(b, h, w, c).permute(0, 3, 1, 2)                   # channels_last
+
+
+def jigsaw_recon_loss(reconstruction, images):
+    """Mean squared error between the reconstruction of jumbled images and the whole ones.
+
+    Both (B, C, H, W), normalised. The CIFAR study's; it takes the network through the jumbled
+    images, so it costs a pass of its own.
+    """
+    return autoencoder_loss(reconstruction, images)
+
+
+def weighted_loss(alpha=1.0, beta=1.0, gamma=0.0, delta=0.0, *, logits=None, labels=None,
+                  class_weights=None, reconstruction=None, images=None, parameters=None,
+                  jigsaw_reconstruction=None):
     """The weighted sum of the terms, and the terms: (total, {"classifier": ..., ...}).
 
     A term whose weight is 0 is not computed and not in the dict, and its tensors may be None.
@@ -39,12 +76,14 @@ def weighted_loss(alpha=1.0, beta=1.0, gamma=0.0, *, logits=None, labels=None,
     """
     terms = {}
     if alpha:
-        terms["classifier"] = classifier_loss(logits, labels)
+        terms["classifier"] = classifier_loss(logits, labels, class_weights)
     if beta:
         terms["autoencoder"] = autoencoder_loss(reconstruction, images)
     if gamma:
         terms["l2"] = l2_reg_loss(parameters)
+    if delta:
+        terms["jigsaw"] = jigsaw_recon_loss(jigsaw_reconstruction, images)
     if not terms:
-        raise ValueError("alpha, beta and gamma are all 0: there is nothing to train on")
-    weights = {"classifier": alpha, "autoencoder": beta, "l2": gamma}
+        raise ValueError("alpha, beta, gamma and delta are all 0: there is nothing to train on")
+    weights = {"classifier": alpha, "autoencoder": beta, "l2": gamma, "jigsaw": delta}
     return sum(weights[name] * term for name, term in terms.items()), terms

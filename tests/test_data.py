@@ -459,3 +459,54 @@ def test_blur_is_a_gaussian():
     expected[10:23] = 255 * bell / bell.sum()
     assert np.abs(made[0, 0, 5].numpy() - expected).max() <= 1
     assert (made[1] == 99).all() and made.dtype == torch.uint8
+
+
+# ---------------------------------------------------------------- crops, noise, shares of a batch
+
+def test_random_crops_are_windows_of_the_scaled_picture():
+    split = data._split(torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8), torch.arange(6))
+    scaled = data.normalise(split.images, 64)  # 56 * 8 / 7
+    drawn = []
+    for images, labels in data.batches(split, 4, epoch_seed=3, size=56, margin=True):
+        assert images.shape[1:] == (3, 56, 56)
+        windows = scaled[labels].unfold(2, 56, 1).unfold(3, 56, 1)  # (B, C, 9, 9, 56, 56)
+        same = (windows - images[:, :, None, None]).abs().amax((1, 4, 5)) < 1e-5
+        assert same.sum((1, 2)).tolist() == [1] * len(labels)
+        drawn += same.nonzero()[:, 1:].tolist()
+    assert len(set(map(tuple, drawn))) > 3
+    centred = torch.cat([images for images, _ in data.batches(split, 4, size=56, margin=True)])
+    torch.testing.assert_close(centred, scaled[:, :, 4:60, 4:60])
+
+
+def test_crops_reach_every_edge():
+    images = torch.zeros(4, 1, 70, 70, dtype=torch.uint8)
+    corners = torch.tensor([[0., 0.], [0., 0.9999], [0.9999, 0.], [0.9999, 0.9999]])
+    images[:, :, :8, :8], images[:, :, -8:, -8:] = 255, 100
+    made = data.to_pixels(data.normalise(images, 63, True, corners))  # 72 -> 63: 10 places
+    assert made[0, 0, 0, 0] > 0.9 and made[3, 0, -1, -1] > 0.35
+    assert made[0, 0, -1, -1] < 0.2 and made[3, 0, 0, 0] < 0.01
+
+
+def test_noise_is_gaussian_in_pixels_of_0_to_1():
+    images = data.normalise(torch.full((40, 3, 32, 32), 100, dtype=torch.uint8))
+    noisy = data.add_noise(images, 0.1, torch.Generator().manual_seed(0))
+    std = torch.tensor(data.STD).view(3, 1, 1)
+    added = (noisy - images) * std  # back in pixels, not clamped
+    n = added.numel()
+    assert abs(added.mean().item()) < 4 * 0.1 / n ** 0.5
+    for channel in added.transpose(0, 1).flatten(1):
+        assert channel.std().item() == pytest.approx(0.1, rel=0.02)
+    assert torch.equal(noisy, data.add_noise(images, 0.1, torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_every_batch(processes):
+    split = data.shapes(train=21, test=10).train
+    arguments = dict(batch_size=4, epoch_seed=5, flip=True, size=14, margin=True)
+    whole = list(data.batches(split, **arguments))
+    shares = [list(data.batches(split, **arguments, part=(rank, processes))) for rank in range(processes)]
+    for i, (images, labels) in enumerate(whole[:-1]):
+        for rank in range(processes):
+            assert torch.equal(shares[rank][i][0], images[rank::processes])
+            assert torch.equal(shares[rank][i][1], labels[rank::processes])
+    assert [len(share[-1][1]) for share in shares] == [1] * processes  # of the last batch's one image

@@ -68,3 +68,47 @@ def test_losses_of_bfloat16_are_computed_in_float32(batch):
     loss = losses.classifier_loss(half, batch["labels"])
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, losses.classifier_loss(half.float(), batch["labels"]))
+
+
+# ---------------------------------------------------------------- the jigsaw
+
+@pytest.mark.parametrize("grid, side", [(1, 6), (2, 6), (4, 8)])
+def test_the_inverse_order_gives_the_picture_back(grid, side):
+    torch.manual_seed(0)
+    images = torch.rand(7, 3, side, side)
+    order = torch.rand(7, grid * grid).argsort(1)
+    jumbled = losses.jumble(images, grid, order)
+    assert torch.equal(losses.jumble(jumbled, grid, order.argsort(1)), images)
+    assert grid == 1 or not torch.equal(jumbled, images)
+    assert torch.equal(jumbled.flatten(1).sort().values, images.flatten(1).sort().values)
+
+
+def test_jumbling_by_hand():
+    """A 4x6 picture in 2x2 tiles of 2x3; each picture has an order of its own."""
+    picture = torch.arange(24.).view(1, 1, 4, 6)
+    tiles = [picture[..., :2, :3], picture[..., :2, 3:], picture[..., 2:, :3], picture[..., 2:, 3:]]
+    orders = [[2, 0, 3, 1], [1, 0, 2, 3]]
+    made = losses.jumble(picture.expand(2, 1, 4, 6), 2, torch.tensor(orders))
+    for jumbled, (a, b, c, d) in zip(made, orders):
+        expected = torch.cat([torch.cat([tiles[a], tiles[b]], 3), torch.cat([tiles[c], tiles[d]], 3)], 2)
+        assert torch.equal(jumbled, expected[0])
+
+
+def test_the_jigsaw_term_compares_with_the_whole_pictures(batch):
+    total, terms = losses.weighted_loss(0, 0, 0, 0.5, images=batch["images"],
+                                        jigsaw_reconstruction=batch["reconstruction"])
+    expected = (batch["reconstruction"] - batch["images"]).square().mean()
+    torch.testing.assert_close(total, 0.5 * expected)
+    assert list(terms) == ["jigsaw"]
+
+
+# ---------------------------------------------------------------- class weights
+
+def test_balanced_weights_make_every_class_count_the_same():
+    labels = torch.tensor([0] * 6 + [1] * 2 + [3] * 4)
+    weights = losses.balanced_weights(labels, 4)
+    assert weights.tolist() == [12 / 24, 12 / 8, 0, 12 / 16]
+    logits = torch.randn(12, 4)
+    each = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    means = torch.stack([each[:6].mean(), each[6:8].mean(), each[8:].mean()])
+    torch.testing.assert_close(losses.classifier_loss(logits, labels, weights), means.sum() / 4)
