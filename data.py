@@ -49,6 +49,7 @@ class Dataset:
     train: Split
     test: Split
     val: Split | None = None  # held out from the training set
+    synthetic: int = 0  # how many of the training images, the last ones, SMOTE made
 
 
 # What torchvision reads and downloads: (class, training arguments, test arguments). Flips turn
@@ -520,10 +521,11 @@ def vary(split, classes, variant, shares, seed):
     shares: {class name: the share of its images that is kept}; None is the CIFAR study's where
     its classes are there, else the set as it is. "constrained" stops there, "undersampled" cuts
     every class to the smallest one, "oversampled" repeats images up to the largest one, "smote"
-    adds synthetic ones. Raises DataError.
+    adds synthetic ones. Returns the Split and how many of its images, the last ones, are
+    synthetic. Raises DataError.
     """
     if variant == "complete":
-        return split
+        return split, 0
     if shares is None:
         shares = CONSTRAINED if set(CONSTRAINED) <= set(classes) else {}
     unknown = set(shares) - set(classes)
@@ -538,9 +540,9 @@ def vary(split, classes, variant, shares, seed):
                         f"shares to keep, such as --constrain {classes[0]}=0.5")
     split = resample(split, wanted, seed)
     if variant == "smote":
-        return smote(split, seed)
+        return smote(split, seed), max(wanted) * len(wanted) - sum(wanted)
     level = {"undersampled": min, "oversampled": max}.get(variant)
-    return resample(split, [level(wanted)] * len(wanted), seed + 1) if level else split
+    return resample(split, [level(wanted)] * len(wanted), seed + 1) if level else split, 0
 
 
 # ---------------------------------------------------------------- batches

@@ -2,12 +2,14 @@
 
     python evaluate.py --ckpt outputs/v4/best.pt
     python evaluate.py --ckpt outputs/v4/best.pt --images cat.png boat.jpg
+    python evaluate.py --compare outputs/v4 outputs/v4_beta0
 
 The checkpoint knows its network, its data set and its settings. train.py measures after each
 epoch with `measure` and draws its pictures with the functions of this file.
 """
 import argparse
 import contextlib
+import csv
 import ctypes
 import json
 import math
@@ -21,6 +23,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+import torch.distributed as dist
 from torchvision.utils import save_image
 
 import data
@@ -32,12 +35,17 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 CHECKPOINT = "autoencoder checkpoint, format 1"
 # What of train.py's settings an evaluation needs.
-SETTINGS = ("version", "dataset", "data_dir", "size", "classes", "train_size", "test_size", "val_share",
-            "variant", "constrain", "blur", "alpha", "beta", "seed", "precision")
+SETTINGS = ("version", "dataset", "data_dir", "size", "margin", "classes", "train_size", "test_size",
+            "val_share", "variant", "constrain", "blur", "noise", "alpha", "beta", "delta", "jigsaw_grid",
+            "seed", "precision")
 
 
 class UsageError(ValueError):
     """Something that the user can put right; one line."""
+
+
+class Stopped(RuntimeError):
+    """A run that cannot go on: a loss that is not finite, a disk that is full; one line."""
 
 
 USER_ERRORS = UsageError, models.NotationError, data.DataError
@@ -92,12 +100,15 @@ def autocast(device, precision):
 
 def write_whole(path, write):
     """Calls write(temporary path) beside `path` and moves the result into place, so that a
-    file is either the old one or the new one, never a part."""
+    file is either the old one or the new one, never a part. Raises Stopped."""
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
     try:
         write(part)
         os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises the second one
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:100]
+        raise Stopped(f"{path} cannot be written: {reason}") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -126,8 +137,8 @@ def load_checkpoint(path):
             raise ValueError(f"its kind is {content['kind']!r}")
         settings = content["settings"]
         content["settings"] = {key: settings[key] for key in SETTINGS}
-        model = models.build(models.Version(**content["version"]),
-                             num_classes=len(content["classes"]))
+        model = models.build(models.Version(**content["version"]), num_classes=len(content["classes"]),
+                             pretrained=False)  # the weights are in the file
         model.load_state_dict(content["model"])
     except Exception as error:  # a stranger's file fails in any way that it likes
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -153,8 +164,8 @@ def load_data(settings):
             setattr(dataset, part, apply(f"{part}-size", data.take, split, s[f"{part}_size"], s["seed"]))
     if s["val_share"]:
         dataset.train, dataset.val = apply("val-share", data.hold_out, dataset.train, s["val_share"], s["seed"])
-    dataset.train = apply(f"variant {s['variant']}", data.vary, dataset.train, dataset.classes, s["variant"],
-                          s["constrain"], s["seed"])
+    dataset.train, dataset.synthetic = apply(f"variant {s['variant']}", data.vary, dataset.train,
+                                             dataset.classes, s["variant"], s["constrain"], s["seed"])
     if s["blur"]:
         for part in ("train", "val", "test"):
             if getattr(dataset, part) is not None:
@@ -164,9 +175,20 @@ def load_data(settings):
 
 # ---------------------------------------------------------------- measuring
 
+def view(settings):
+    """How settings (a dict of train.py's) have a picture brought to the network: arguments for
+    data.batches and data.normalise."""
+    return {key: settings[key] for key in ("size", "margin")}
+
+
+def mine():
+    """(rank, processes): this process and how many train together (torchrun); else (0, 1)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 @torch.no_grad()
-def measure(model, split, size=None, precision="fp32", classify=True, reconstruct=True,
-            batch_size=100):
+def measure(model, split, precision="fp32", classify=True, reconstruct=True, batch_size=100, noise=0.0,
+            grid=None, **how):
     """A model's losses and errors on a Split, as plain numbers in a dict.
 
     classifier, autoencoder: the two losses (None where not asked for or not there).
@@ -174,17 +196,22 @@ def measure(model, split, size=None, precision="fp32", classify=True, reconstruc
     On pixels of 0-1, the reconstruction clamped to them as in a saved picture: mse, mae (per
     value), psnr (dB, mean over the images), absolute_error_total (over all values of the
     whole split) and absolute_error_per_image.
+    noise: the network sees noisy images (the same at every call), the errors are against the
+    clean ones. grid: also the jigsaw loss of images in grid x grid tiles. how: as `view` gives it.
     """
     training = model.training
     model.eval()
-    device, n = split.labels.device, len(split.labels)
+    device, n, (rank, processes) = split.labels.device, len(split.labels), mine()
     classify = classify and model.classifier is not None
     reconstruct = reconstruct and model.decoder is not None
-    sums = torch.zeros(5, device=device, dtype=torch.float64)
+    sums = torch.zeros(6, device=device, dtype=torch.float64)
     confusion = torch.zeros(model.num_classes ** 2, device=device, dtype=torch.int64)
-    for images, labels in data.batches(split, batch_size, size=size):
+    generator, orders = torch.Generator(device).manual_seed(0), torch.Generator().manual_seed(0)
+    own = data.Split(*(tensor[rank::processes] for tensor in split)) if processes > 1 else split
+    for images, labels in data.batches(own, batch_size, **how):
+        inputs = data.add_noise(images, noise, generator) if noise else images
         with autocast(device, precision):
-            logits, rebuilt = model(images, classify=classify, reconstruct=reconstruct)
+            logits, rebuilt = model(inputs, classify=classify, reconstruct=reconstruct)
         if classify:
             sums[0] += len(labels) * losses.classifier_loss(logits, labels)
             cells = labels * model.num_classes + logits.argmax(1)
@@ -196,11 +223,19 @@ def measure(model, split, size=None, precision="fp32", classify=True, reconstruc
             sums[2] += mse.sum()
             sums[3] += error.abs().sum()
             sums[4] += -10 * mse.clamp(min=1e-10).log10().sum()
+        if grid:
+            order = torch.rand(len(labels), grid * grid, generator=orders).argsort(1).to(device)
+            with autocast(device, precision):
+                _, mended = model(losses.jumble(inputs, grid, order), classify=False)
+            sums[5] += len(labels) * losses.jigsaw_recon_loss(mended, images)
     model.train(training)
+    if processes > 1:
+        dist.all_reduce(sums)
+        dist.all_reduce(confusion)
     total = sums[3].item()
-    cross_entropy, autoencoder, mse, absolute, psnr = (sums / n).tolist()
+    cross_entropy, autoencoder, mse, absolute, psnr, jigsaw = (sums / n).tolist()
     result = dict.fromkeys(["classifier", "accuracy", "confusion", "autoencoder", "mse", "mae", "psnr",
-                            "absolute_error_total", "absolute_error_per_image"])
+                            "absolute_error_total", "absolute_error_per_image", "jigsaw"])
     if classify:
         confusion = confusion.view(model.num_classes, -1)
         result.update(classifier=cross_entropy, confusion=confusion.tolist(),
@@ -209,6 +244,8 @@ def measure(model, split, size=None, precision="fp32", classify=True, reconstruc
         values = math.prod(model.version.in_shape)
         result.update(autoencoder=autoencoder, mse=mse, mae=absolute / values, psnr=psnr,
                       absolute_error_total=total, absolute_error_per_image=absolute)
+    if grid:
+        result["jigsaw"] = jigsaw
     return result
 
 
@@ -221,55 +258,86 @@ def per_class(confusion, classes):
 # ---------------------------------------------------------------- pictures
 
 def save_figure(figure, path):
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    write_whole(path, lambda part: figure.savefig(part, dpi=150, bbox_inches="tight", format="png"))
     plt.close(figure)
+
+
+def _save_picture(pixels, path):
+    write_whole(path, lambda part: save_image(pixels, part, format="png"))
 
 
 def _file_name(text):
     return re.sub(r"[^A-Za-z0-9.-]+", "-", text).strip("-") or "_"
 
 
-@torch.no_grad()
-def rebuild(model, images, precision="fp32"):
-    """Normalised images -> (their pixels, the reconstruction's pixels), (B, C, H, W) of 0-1."""
-    model.eval()
-    with autocast(images.device, precision):
-        _, rebuilt = model(images, classify=False)
-    return data.to_pixels(images), data.to_pixels(rebuilt)
-
-
-def draw_reconstructions(model, dataset, folder, size=None, precision="fp32", note=""):
-    """recon.png: the first test image of each class above its reconstruction; and recon/ with
-    each pair as files <index>_<class>.png and <index>_<class>_recon.png."""
-    labels = dataset.test.labels.tolist()
-    chosen = [labels.index(label) for label in range(len(dataset.classes)) if label in labels]
-    raw = dataset.test.images[torch.tensor(chosen, device=dataset.test.images.device)]
-    originals, rebuilt = rebuild(model, data.normalise(raw, size), precision)
-    names = [dataset.classes[labels[index]] for index in chosen]
-
-    columns = min(10, len(chosen))
-    bands = math.ceil(len(chosen) / columns)
-    height = 2.2 * bands + 0.5
-    figure, axes = plt.subplots(2 * bands, columns, squeeze=False, figsize=(max(columns, 4), height))
+def draw_sheet(rows, names, path, title):
+    """Pictures in columns, a name above each; rows: tensors (N, C, H, W) of 0-1, one below the
+    other, in bands of ten columns."""
+    columns = min(10, len(names))
+    bands = math.ceil(len(names) / columns)
+    height = 1.1 * len(rows) * bands + 0.5
+    figure, axes = plt.subplots(len(rows) * bands, columns, squeeze=False, figsize=(max(columns, 4), height))
     for axis in axes.flat:
         axis.axis("off")
     for i, name in enumerate(names):
-        band, column = 2 * (i // columns), i % columns
+        band, column = len(rows) * (i // columns), i % columns
         axes[band, column].set_title(name, fontsize=8, pad=3)
-        for row, pixels in enumerate((originals[i], rebuilt[i])):
-            shown = pixels.permute(1, 2, 0).expand(-1, -1, 3).cpu().numpy()
+        for row, pictures in enumerate(rows):
+            shown = pictures[i].permute(1, 2, 0).expand(-1, -1, 3).cpu().numpy()
             axes[band + row, column].imshow(shown, interpolation="nearest")
-    figure.suptitle(f"{dataset.name}, test images: originals above, reconstructions below{note}",
-                    fontsize=10)
+    figure.suptitle(title, fontsize=10)
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=1 - 0.66 / height, wspace=0.06,
                            hspace=0.06 if bands == 1 else 0.25)  # room for the names
-    save_figure(figure, folder / "recon.png")
+    save_figure(figure, path)
+
+
+@torch.no_grad()
+def rebuild(model, inputs, precision="fp32"):
+    """The pixels (B, C, H, W) of 0-1 that the model makes of normalised images."""
+    model.eval()
+    with autocast(inputs.device, precision):
+        _, rebuilt = model(inputs, classify=False)
+    return data.to_pixels(rebuilt)
+
+
+def draw_reconstructions(model, dataset, settings, folder, note=""):
+    """recon.png: the first test image of each class above its reconstruction (between them with
+    its noise, where the settings have any); recon/ with each pair as files <index>_<class>.png and
+    <index>_<class>_recon.png; and jigsaw.png where the jigsaw loss was trained."""
+    labels = dataset.test.labels.tolist()
+    chosen = [labels.index(label) for label in range(len(dataset.classes)) if label in labels]
+    raw, device = dataset.test.images[chosen], dataset.test.images.device
+    names = [dataset.classes[labels[index]] for index in chosen]
+    images, generator = data.normalise(raw, **view(settings)), torch.Generator(device).manual_seed(0)
+    inputs = data.add_noise(images, settings["noise"], generator) if settings["noise"] else images
+    rows = [data.to_pixels(images), rebuild(model, inputs, settings["precision"])]
+    order = "originals above, reconstructions below"
+    if settings["noise"]:
+        rows.insert(1, data.to_pixels(inputs))
+        order = "originals, with noise, reconstructions"
+    draw_sheet(rows, names, folder / "recon.png", f"{dataset.name}, test images: {order}{note}")
 
     (folder / "recon").mkdir(exist_ok=True)
-    for index, name, original, picture in zip(chosen, names, originals, rebuilt):
+    for index, name, original, picture in zip(chosen, names, rows[0], rows[-1]):
         stem = f"{index}_{_file_name(name)}"
-        save_image(original, folder / "recon" / f"{stem}.png")
-        save_image(picture, folder / "recon" / f"{stem}_recon.png")
+        _save_picture(original, folder / "recon" / f"{stem}.png")
+        _save_picture(picture, folder / "recon" / f"{stem}_recon.png")
+
+    if settings["delta"]:
+        grid = settings["jigsaw_grid"]
+        tiles = torch.rand(len(chosen), grid * grid, generator=torch.Generator().manual_seed(0)).argsort(1)
+        jumbled = losses.jumble(inputs, grid, tiles.to(device))
+        draw_sheet([rows[0], data.to_pixels(jumbled), rebuild(model, jumbled, settings["precision"])], names,
+                   folder / "jigsaw.png", f"{dataset.name}, test images: originals, jumbled, reconstructed")
+
+
+def draw_synthetic(dataset, folder):
+    """smote.png: of each class that SMOTE filled up, a column of synthetic pictures."""
+    images, labels = (tensor[-dataset.synthetic:].cpu() for tensor in dataset.train)
+    columns = [images[labels == label][:6] / 255 for label in range(len(dataset.classes)) if label in labels]
+    names = [name for label, name in enumerate(dataset.classes) if label in labels]
+    rows = [torch.stack(row) for row in zip(*columns)]
+    draw_sheet(rows, names, folder / "smote.png", f"{dataset.name}: synthetic training images")
 
 
 def draw_confusion(confusion, classes, path, title):
@@ -292,7 +360,106 @@ def draw_confusion(confusion, classes, path, title):
     save_figure(figure, path)
 
 
+# ---------------------------------------------------------------- runs, by their logs
+
+def chosen_on(rows):
+    """"val" or "test": which images choose the best epoch."""
+    return "test" if rows[0]["val_accuracy"] is None and rows[0]["val_mse"] is None else "val"
+
+
+def best_row(rows):
+    """The first row of a log with the highest accuracy or, where no classifier was trained, the
+    least MSE: on the held-out images where there are any, else on the test images."""
+    part = chosen_on(rows)
+    classified = [row for row in rows if row[f"{part}_accuracy"] is not None]
+    if classified:
+        return max(classified, key=lambda row: row[f"{part}_accuracy"])
+    return min(rows, key=lambda row: row[f"{part}_mse"])
+
+
+def draw_curves(rows, path, title):
+    """Train and test losses and accuracy over the epochs, one panel for each that there is."""
+    panels = [("classifier loss", "classifier", "cross entropy (nats)"),
+              ("autoencoder loss", "autoencoder", "MSE (normalised pixels)"),
+              ("jigsaw loss", "jigsaw", "MSE (normalised pixels)"),
+              ("accuracy", "accuracy", "accuracy (%)")]
+    panels = [panel for panel in panels if any(row[f"test_{panel[1]}"] is not None for row in rows)]
+    epochs = [row["epoch"] for row in rows]
+    alone = sum(row["test_accuracy"] is None for row in rows)  # separate training's first half
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), squeeze=False)
+    for axis, (name, key, unit) in zip(axes[0], panels):
+        for part, style, colour in (("train", "-", "C0"), ("test", "--", "C1")):
+            values = [row[f"{part}_{key}"] for row in rows]
+            axis.plot(epochs, values, style, color=colour, label=part,
+                      marker="o" if len(rows) - alone == 1 else None)
+        if key == "accuracy":
+            best = best_row(rows)
+            axis.plot(best["epoch"], best["test_accuracy"], "k^", markersize=6,
+                      label=f"best (on {chosen_on(rows)}): {best['test_accuracy']:.2f} %")
+        if 0 < alone < len(rows):
+            axis.axvline(alone + 0.5, color="0.5", linestyle=":", label="classifier from here")
+            axis.set_xlim(0.5, len(rows) + 0.5)
+        axis.set(title=name, xlabel="epoch", ylabel=unit)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.suptitle(title)
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
+def read_run(folder):
+    """(log rows, metrics) of a run folder, as train.py left them. UsageError."""
+    try:
+        with open(Path(folder, "log.csv"), newline="") as file:
+            rows = [{key: float(value) if value else None for key, value in row.items()}
+                    for row in csv.DictReader(file)]
+        best_row(rows)["train_classifier"]
+        return rows, json.loads(Path(folder, "metrics.json").read_text())
+    except (OSError, KeyError, ValueError, IndexError, TypeError) as error:
+        raise UsageError(f"{folder}: not the folder of a run that has ended; expected log.csv and "
+                         f"metrics.json ({getattr(error, 'strerror', None) or 'unreadable'})") from None
+
+
+def compare(folders, output):
+    """Prints a markdown table of runs and draws their classifier losses, train and test, in one
+    picture; both go into the folder `output` too."""
+    runs = {Path(folder).resolve().name: read_run(folder) for folder in folders}
+    lines = ["| run | epochs | accuracy, last | best | classifier loss, train | test | PSNR | parameters "
+             "| s per epoch |", "|---|---|---|---|---|---|---|---|---|"]
+    for name, (rows, metrics) in runs.items():
+        last, best = rows[-1], best_row(rows)
+
+        def text(value, digits=2, unit=""):
+            return "–" if value is None else f"{value:.{digits}f}{unit}"
+        chosen = f" (on {chosen_on(rows)}, epoch {best['epoch']:.0f})" if best["test_accuracy"] else ""
+        lines.append(f"| {name} | {len(rows)} | {text(last['test_accuracy'])} | {text(best['test_accuracy'])}{chosen} "
+                     f"| {text(last['train_classifier'], 4)} | {text(last['test_classifier'], 4)} "
+                     f"| {text(last['test_psnr'], 1, ' dB')} | {metrics['parameters']:,} "
+                     f"| {metrics['seconds_per_epoch']:.1f} |")
+    print("\n".join(lines))
+    figure, axis = plt.subplots(figsize=(7, 4.5))
+    for i, (name, (rows, _)) in enumerate(runs.items()):
+        epochs = [row["epoch"] for row in rows]
+        for part, style in (("train", "-"), ("test", "--")):
+            axis.plot(epochs, [row[f"{part}_classifier"] for row in rows], style, color=f"C{i}",
+                      marker="osv^Dx+*"[i % 8], markevery=max(1, len(rows) // 8), markersize=4,
+                      label=f"{name}, {part}")
+    axis.set(title="classifier loss", xlabel="epoch", ylabel="cross entropy (nats)")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    output.mkdir(parents=True, exist_ok=True)
+    save_figure(figure, output / "comparison.png")
+    write_whole(output / "comparison.md", lambda part: part.write_text("\n".join(lines) + "\n"))
+
+
 # ---------------------------------------------------------------- python evaluate.py
+
+def rebuilds(settings):
+    """Whether a run of these settings trains its decoder."""
+    return settings["beta"] > 0 or settings["delta"] > 0
+
 
 def classify_pictures(model, content, paths, device, precision, folder):
     """Prints each picture's most likely classes and saves it as the network saw it, with its
@@ -312,18 +479,17 @@ def classify_pictures(model, content, paths, device, precision, folder):
             result["classes"] = {content["classes"][k]: chances[k].item() for k in best}
             print(f"{path}: " + ", ".join(f"{name} {100 * chance:.1f}%"
                                           for name, chance in result["classes"].items()))
-        if content["settings"]["beta"]:
-            original, rebuilt = rebuild(model, image, precision)
+        if rebuilds(content["settings"]):
             stem = folder / f"{i}_{_file_name(Path(path).stem)}"
-            save_image(original[0], f"{stem}.png")
-            save_image(rebuilt[0], f"{stem}_recon.png")
+            _save_picture(data.to_pixels(image)[0], Path(f"{stem}.png"))
+            _save_picture(rebuild(model, image, precision)[0], Path(f"{stem}_recon.png"))
             result["reconstruction"] = f"{stem}_recon.png"
             print(f"{path}: reconstruction in {stem}_recon.png")
         results.append(result)
     return results
 
 
-def report(model, content, settings, precision, device, folder):
+def report(model, content, settings, device, folder):
     """Measures the checkpoint on the test images, draws, prints. Returns plain values."""
     dataset = load_data(settings)
     if len(dataset.classes) != len(content["classes"]):
@@ -331,13 +497,14 @@ def report(model, content, settings, precision, device, folder):
                          f"checkpoint {len(content['classes'])}")
     channels, height, width = model.version.in_shape
     shape = dataset.test.images.shape[1:]
-    size = None if shape[1:] == (height, width) else height
-    if shape[0] != channels or (size and height != width):
+    if settings["size"] is None and shape[1:] != (height, width):
+        settings["size"] = height
+    if shape[0] != channels or (settings["size"] and height != width):
         raise UsageError(f"--dataset {settings['dataset']}: has images of {'x'.join(map(str, shape))}, "
                          f"the checkpoint takes {channels}x{height}x{width}")
     dataset.test = data.Split(*(part.to(device) for part in dataset.test))
-    result = measure(model, dataset.test, size, precision, settings["alpha"] > 0,
-                     settings["beta"] > 0)
+    result = measure(model, dataset.test, settings["precision"], settings["alpha"] > 0, rebuilds(settings),
+                     noise=settings["noise"], **view(settings))
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{settings['version']} after epoch {content['epoch']}, on {len(dataset.test.labels):,} test "
           f"images of {dataset.name} ({dataset.source})")
@@ -355,51 +522,62 @@ def report(model, content, settings, precision, device, folder):
               f"  PSNR                    {result['psnr']:>10.2f} dB\n"
               f"  absolute error per image{result['absolute_error_per_image']:>10.2f}\n"
               f"  absolute error in total {result['absolute_error_total']:>10.0f}")
-        draw_reconstructions(model, dataset, folder, size, precision)
+        draw_reconstructions(model, dataset, settings, folder)
     elif model.decoder is not None:
         print("reconstruction: none, the decoder was not trained (beta 0)")
     return result
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description="Measures a checkpoint of train.py.")
-    parser.add_argument("--ckpt", required=True, help="the checkpoint, e.g. outputs/v4/best.pt")
+    parser = argparse.ArgumentParser(description="Measures a checkpoint of train.py, or compares runs.")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--ckpt", help="a checkpoint, e.g. outputs/v4/best.pt")
+    source.add_argument("--compare", nargs="+", metavar="RUN", help="draw the classifier losses of these run "
+                        "folders in one picture, with a table of their results")
     parser.add_argument("--images", nargs="+", metavar="PICTURE",
                         help="classify and rebuild these pictures, instead of the test images")
     parser.add_argument("--dataset", help="another data set than the checkpoint's")
     parser.add_argument("--data-dir", help="where named sets lie (default: where training found them)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
     parser.add_argument("--output", help="where the report goes (default: a folder evaluation-best "
-                        "beside best.pt)")
+                        "beside best.pt; a folder comparison beside the first run)")
     parser.error = lambda message: stop("evaluate.py", message)
     args = parser.parse_args(argv)
     try:
-        keep_freed_memory()
-        model, content = load_checkpoint(args.ckpt)
-        device = pick_device(args.device)
-        precision = pick_precision("auto", device)
-        settings = content["settings"]
-        if settings["precision"] == "fp32":
-            precision = "fp32"
-        if args.dataset:
-            settings |= {"dataset": args.dataset, "classes": None, "test_size": None}
-        if args.data_dir or not Path(settings["data_dir"]).is_dir():
-            settings["data_dir"] = args.data_dir or "data"
-        settings |= {"train_size": None, "val_share": 0, "variant": "complete"}  # only the test images matter
-        model = model.to(device).eval()
-        folder = Path(args.output or Path(args.ckpt).parent / f"evaluation-{Path(args.ckpt).stem}")
-        if args.images:
-            folder /= "images"
-            result = classify_pictures(model, content, args.images, device, precision, folder)
+        if args.compare:
+            folder = Path(args.output or Path(args.compare[0]).resolve().parent / "comparison")
+            compare(args.compare, folder)
         else:
-            result = report(model, content, settings, precision, device, folder)
-        write_json(folder / "report.json", result)
-    except USER_ERRORS as error:
+            folder = Path(args.output or Path(args.ckpt).parent / f"evaluation-{Path(args.ckpt).stem}")
+            folder = evaluate(args, folder)
+    except (*USER_ERRORS, Stopped) as error:
         stop("evaluate.py", error)
     except OSError as error:
         stop("evaluate.py", f"{error.filename}: {error.strerror}")
     print(f"saved in {folder}")
     return 0
+
+
+def evaluate(args, folder):
+    """What --ckpt asks for: a report of the test images or of --images. Returns its folder."""
+    keep_freed_memory()
+    model, content = load_checkpoint(args.ckpt)
+    device, settings = pick_device(args.device), content["settings"]
+    if settings["precision"] != "fp32":
+        settings["precision"] = pick_precision("auto", device)
+    if args.dataset:
+        settings |= {"dataset": args.dataset, "classes": None, "test_size": None}
+    if args.data_dir or not Path(settings["data_dir"]).is_dir():
+        settings["data_dir"] = args.data_dir or "data"
+    settings |= {"train_size": None, "val_share": 0, "variant": "complete"}  # only the test images matter
+    model = model.to(device).eval()
+    if args.images:
+        folder /= "images"
+        result = classify_pictures(model, content, args.images, device, settings["precision"], folder)
+    else:
+        result = report(model, content, settings, device, folder)
+    write_json(folder / "report.json", result)
+    return folder
 
 
 def stop(program, message):

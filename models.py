@@ -214,7 +214,8 @@ def _layer(token, shape):
     if kind == "G":
         return [nn.Conv2d(c, n, (h, w))], (n, 1, 1)
     if kind == "A":
-        return [nn.AdaptiveAvgPool2d(n)], (c, n, n)
+        even = h % n == 0 and w % n == 0  # the usual pooling then, which GPUs repeat to the bit
+        return [nn.AvgPool2d((h // n, w // n)) if even else nn.AdaptiveAvgPool2d(n)], (c, n, n)
     if kind == "T'":
         return [ConvTranspose2d(c, n, 1), nn.ReLU()], (n, h, w)
     return [ConvTranspose2d(c, n, 2, stride=2), nn.ReLU()], (n, 2 * h, 2 * w)  # T

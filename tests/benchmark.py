@@ -127,7 +127,8 @@ def main(argv):
     run = ["--version", args.version, "--batch-size", str(args.batch_size), "--train-size",
            str(args.images), "--device", "cpu"]
     dataset = args.dataset or ("data/cifar10" if Path("data/cifar10").is_dir() else "shapes")
-    s, dataset, model, _ = train.prepare(train.make_parser().parse_args([*run, "--dataset", dataset]))
+    s, = train.phases(train.settle(train.make_parser().parse_args([*run, "--dataset", dataset])))
+    dataset, model = train.prepare(s)
     optimizer, steps = train.make_optimizer(model, s), -(-args.images // args.batch_size)
     batch = next(data.batches(dataset.train, args.batch_size, epoch_seed=0, size=s.size))
     shape = model.version.in_shape
@@ -157,7 +158,7 @@ def main(argv):
             "floor": floor,
             "data": lambda: timed(lambda: [None for _ in batches(
                 dataset.train, args.batch_size, epoch_seed=0, flip=s.flip, size=s.size)], args.images),
-            "test": lambda: timed(lambda: evaluate.measure(model, dataset.test, s.size, s.precision),
+            "test": lambda: timed(lambda: evaluate.measure(model, dataset.test, s.precision, size=s.size),
                                   len(dataset.test.labels))}
         turns = []
         for turn in range(args.turns + 1):  # the first warms up

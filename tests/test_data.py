@@ -356,8 +356,8 @@ NAMES = ["plane", "bird", "deer", "truck"]
     ("oversampled", [40, 40, 40, 40]), ("smote", [40, 40, 40, 40])])
 def test_the_studys_variants(variant, expected):
     whole = unequal([40, 40, 40, 40])
-    made = data.vary(whole, NAMES, variant, None, seed=0)
-    assert data.counts(made, 4) == expected
+    made, synthetic = data.vary(whole, NAMES, variant, None, seed=0)
+    assert data.counts(made, 4) == expected and synthetic == (60 if variant == "smote" else 0)
     if variant == "smote":
         made = data.Split(made.images[:100], made.labels[:100])  # the 60 synthetic ones come last
     rows = rows_of(made, whole)
@@ -369,21 +369,21 @@ def test_the_studys_variants(variant, expected):
             assert ((own == 1).sum(), (own == 2).sum()) == (once, twice)
     else:
         assert times.max() == 1
-    assert torch.equal(made.images, data.vary(whole, NAMES, variant, None, 0).images[:len(rows)])
+    assert torch.equal(made.images, data.vary(whole, NAMES, variant, None, 0)[0].images[:len(rows)])
     if variant != "complete":
-        other = data.vary(whole, NAMES, variant, None, seed=1)
+        other, _ = data.vary(whole, NAMES, variant, None, seed=1)
         assert not torch.equal(made.images, other.images[:len(rows)])
 
 
 def test_other_classes_and_shares():
     whole = unequal([40, 40, 10, 40])
-    made = data.vary(whole, NAMES, "oversampled", {"plane": 0.25, "truck": 0.7}, 0)
+    made, _ = data.vary(whole, NAMES, "oversampled", {"plane": 0.25, "truck": 0.7}, 0)
     assert data.counts(made, 4) == [40, 40, 40, 40]  # 10, 40, 10, 28: whole repeats and a drawn rest
     times = torch.bincount(torch.tensor(rows_of(made, whole)), minlength=130)
     truck = times[whole.labels == 3]
     assert truck.max() == 2 and (truck == 2).sum() == 12 and (truck == 1).sum() == 16
     assert times[whole.labels == 2].tolist() == [4] * 10
-    assert data.counts(data.vary(whole, ["a", "b", "c", "d"], "undersampled", None, 0), 4) == [10] * 4
+    assert data.counts(data.vary(whole, ["a", "b", "c", "d"], "undersampled", None, 0)[0], 4) == [10] * 4
 
 
 @pytest.mark.parametrize("variant, shares, expected", [
