@@ -128,6 +128,27 @@ def test_pictures_by_path(trained, capsys, tmp_path):
     assert Image.open(tmp_path / "out/images/1_grey_recon.png").size == (32, 32)
 
 
+def test_runs_are_compared_in_a_table_and_a_picture(trained, tmp_path, capsys):
+    npz, folder = trained
+    assert train.main(["--version", "v3", "--dataset", npz, "--epochs", "3", "--separate", "--output",
+                       str(tmp_path), "--device", "cpu"]) == 0
+    other = tmp_path / "v3_dataset-tiny_epochs3_separate"
+    capsys.readouterr()
+    out = tmp_path / "out"
+    assert evaluate.main(["--compare", str(folder), str(other), "--output", str(out)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    metrics = [json.loads((each / "metrics.json").read_text())["accuracy"] for each in (folder, other)]
+    for line, name, result in zip(printed[2:], (folder.name, other.name), metrics):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[0] == name and cells[2] == f"{result['last']:.2f}"
+        assert cells[3] == f"{result['best']:.2f} (on test, epoch {result['best_epoch']})"
+    assert (out / "comparison.md").read_text().splitlines() == printed[:4]
+    assert min(Image.open(out / "comparison.png").size) > 400
+    with pytest.raises(SystemExit):
+        evaluate.main(["--compare", str(folder), str(tmp_path / "none")])
+    assert "none: not the folder of a run" in capsys.readouterr().err
+
+
 class Payload:
     """A pickle that runs code when it is read."""
 
