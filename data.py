@@ -656,10 +656,16 @@ def main(argv):
 
     parser.error = stop
     args = parser.parse_args(argv)
+    if args.size is not None and not 1 <= args.size <= 1024:
+        stop(f"--size {args.size}: expected 1 to 1024 pixels")
+    path = Path(args.output)
     try:
         dataset = load(args.dataset, args.data_dir, args.size)
+        path.mkdir(parents=True, exist_ok=True)
     except DataError as error:
         stop(error)
+    except OSError as error:
+        stop(f"--output {path}: expected a folder to write to ({error.strerror})")
     shape = "x".join(map(str, dataset.train.images.shape[1:]))
     print(f"{dataset.name}: {dataset.source}, {len(dataset.classes)} classes, images {shape}")
     print(f"{'class':<24}{'train':>8}{'test':>8}")
@@ -683,8 +689,7 @@ def main(argv):
     axis.set_xticks([])
     axis.set_yticks([(height + 2) * (row + 0.5) for row in range(len(rows))], rows)
     axis.spines[:].set_visible(False)
-    path = Path(args.output, f"{dataset.name}_samples.png")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path /= f"{dataset.name}_samples.png"
     figure.savefig(path, dpi=150, bbox_inches="tight")
     print(f"saved {path}")
     return 0

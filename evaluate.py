@@ -17,6 +17,7 @@ import os
 import re
 import sys
 import warnings
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -132,6 +133,9 @@ def load_checkpoint(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # one line is enough about a file that is none
+            with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
+                if file.testzip():
+                    raise ValueError(f"{file.testzip()} is damaged")
             content = torch.load(path, map_location="cpu", weights_only=True)
         if content["kind"] != CHECKPOINT:
             raise ValueError(f"its kind is {content['kind']!r}")

@@ -188,11 +188,17 @@ def parse(notation):
     return tokens
 
 
+LARGEST = 500_000_000  # weights of a layer: 2 GB
+
+
 def _layer(token, shape):
     """The modules of one token on an input of that shape, and the shape that they give."""
     kind, n, where = token
     if kind == "D":
         return [Dropout(n)], shape
+    weights = n * (math.prod(shape) if kind in ("L", "L'", "G") else 9 * shape[0])
+    if weights > LARGEST:
+        raise NotationError(f"{where}: would have {weights:,} weights; expected at most {LARGEST:,}")
     if kind in ("L", "L'"):
         flatten = [nn.Flatten()] if len(shape) == 3 else []
         return flatten + [nn.Linear(math.prod(shape), n)] + [nn.ReLU()] * (kind == "L"), (n,)

@@ -487,11 +487,13 @@ def reopen(args):
         raise UsageError(f"--resume {folder}: expected the folder of a run, with its config.json") from None
     path = folder / "last.pt"
     state = load_checkpoint(path) if path.exists() else None
+    if state and not {"rows", "tested", "optimizer"} <= set(state[1]):
+        raise UsageError(f"{path}: not a last.pt of train.py; expected what a run can go on from")
     done = len(state[1]["rows"]) if state else 0
     if args.dataset is not None and Path(args.dataset).exists():
         args.dataset = str(Path(args.dataset).resolve())
     for key in ("version", "output", *STUDY):
-        value = getattr(args, key)
+        value = getattr(args, key, None)  # margin has no flag
         if value not in (None, getattr(s, key, None)) and key != "epochs":
             raise UsageError(f"--{key.replace('_', '-')} {value}: a run goes on with its own settings, here "
                              f"{getattr(s, key, folder.parent)}; leave it out, or start another run")
@@ -609,10 +611,13 @@ def main(argv):
         print(f"\ntrain.py: interrupted; its whole epochs are in {folder}; {again}", file=sys.stderr)
         return 130
     except RuntimeError as error:
-        if mine()[1] == 1:
+        reason = str(error).splitlines()[0][:100]
+        if "memory" in reason:
+            print(f"train.py: stopped: {reason}; a smaller --batch-size needs less", file=sys.stderr)
+        elif mine()[1] > 1:
+            print(f"train.py: stopped: another process has gone ({reason}); {again}", file=sys.stderr)
+        else:
             raise
-        print(f"train.py: stopped: another process has gone ({str(error).splitlines()[0][:80]}); {again}",
-              file=sys.stderr)
         return 1
     return 0
 

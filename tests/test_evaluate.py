@@ -1,8 +1,6 @@
 """Measures against their formulas by hand, checkpoints, and the command itself."""
 import json
 import math
-import os
-import pickle
 
 import numpy as np
 import pytest
@@ -79,15 +77,6 @@ def test_measuring_is_the_same_in_every_batch_size_and_leaves_the_mode():
 
 # ---------------------------------------------------------------- the command
 
-@pytest.fixture(scope="module")
-def trained(tiny, tmp_path_factory):
-    """A small data set on disk and a run on it: (npz, run folder)."""
-    root = tmp_path_factory.mktemp("trained")
-    assert train.main(["--version", "v3", "--dataset", tiny, "--epochs", "2", "--test-size", "20",
-                       "--output", str(root), "--device", "cpu"]) == 0
-    return tiny, root / "v3_dataset-tiny_test-size20_epochs2"
-
-
 def test_the_checkpoint_alone_gives_the_figures_of_its_training(trained, capsys, monkeypatch, tmp_path):
     npz, folder = trained
     monkeypatch.chdir(tmp_path)  # from another folder than the training's
@@ -147,64 +136,6 @@ def test_runs_are_compared_in_a_table_and_a_picture(trained, tmp_path, capsys):
     with pytest.raises(SystemExit):
         evaluate.main(["--compare", str(folder), str(tmp_path / "none")])
     assert "none: not the folder of a run" in capsys.readouterr().err
-
-
-class Payload:
-    """A pickle that runs code when it is read."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-def test_wrong_checkpoints_and_pictures_are_answered_in_one_line(trained, tmp_path, capsys):
-    npz, folder = trained
-    good = str(folder / "best.pt")
-    content = torch.load(good, weights_only=True)
-    ran = tmp_path / "code-was-run"
-
-    def saved(name, value):
-        torch.save(value, tmp_path / name)
-        return str(tmp_path / name)
-
-    (tmp_path / "text.pt").write_text("hello")
-    (tmp_path / "cut.pt").write_bytes((folder / "best.pt").read_bytes()[:5000])
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Payload(str(ran))))
-    other = dict(content, model=models.build("v2").state_dict())
-    np.savez(tmp_path / "grey.npz", x_train=np.zeros((10, 32, 32), np.uint8), y_train=np.arange(10),
-             x_test=np.zeros((10, 32, 32), np.uint8), y_test=np.arange(10))
-    np.savez(tmp_path / "two.npz", x_train=np.zeros((2, 32, 32, 3), np.uint8), y_train=np.arange(2),
-             x_test=np.zeros((2, 32, 32, 3), np.uint8), y_test=np.arange(2))
-    for argv, expected in [
-            ([], "one of the arguments --ckpt --compare is required"),
-            (["--ckpt", str(tmp_path / "none.pt")], "none.pt: no such file"),
-            (["--ckpt", str(folder)], "no such file"),
-            (["--ckpt", str(tmp_path / "text.pt")], "text.pt: not a checkpoint"),
-            (["--ckpt", str(tmp_path / "cut.pt")], "cut.pt: not a checkpoint"),
-            (["--ckpt", str(tmp_path / "plain.pt")], "plain.pt: not a checkpoint"),
-            (["--ckpt", saved("code.pt", Payload(str(ran)))], "code.pt: not a checkpoint"),
-            (["--ckpt", saved("weights.pt", content["model"])], "weights.pt: not a checkpoint"),
-            (["--ckpt", saved("list.pt", [1, 2])], "list.pt: not a checkpoint"),
-            (["--ckpt", saved("other.pt", other)], "other.pt: not a checkpoint"),
-            (["--ckpt", saved("bad.pt", dict(content, version={"encoder": "C(?)"}))], "token 1 'C(?)'"),
-            (["--ckpt", saved("settings.pt", dict(content, settings={}))], "not a checkpoint"),
-            (["--ckpt", good, "--images", str(tmp_path / "text.pt")], "text.pt: not a picture"),
-            (["--ckpt", good, "--images", str(tmp_path / "none.png")], "none.png: cannot be read"),
-            (["--ckpt", good, "--dataset", str(tmp_path / "none")], "no data set"),
-            (["--ckpt", good, "--dataset", str(tmp_path / "two.npz")], "has 2 classes, the checkpoint 10"),
-            (["--ckpt", good, "--dataset", str(tmp_path / "grey.npz")], "images of 1x32x32"),
-            (["--ckpt", good, "--device", "warp"], "--device warp"),
-            (["--ckpt", good, "--output", str(npz)], "tiny.npz")]:
-        with pytest.raises(SystemExit) as end:
-            evaluate.main(argv if "--output" in argv else [*argv, "--output", str(tmp_path / "out")])
-        error = capsys.readouterr().err
-        assert end.value.code == 2, argv
-        assert expected in error and error.startswith("evaluate.py: error: "), (argv, error)
-        assert error.count("\n") == 1, error
-        assert not (tmp_path / "out").exists(), argv
-    assert not ran.exists()
 
 
 # ---------------------------------------------------------------- files
