@@ -604,6 +604,9 @@ def main(argv):
         rows, tested = train(model, dataset, s, folder, state and state[1])
         if not rank:
             finish(rows, tested, model, dataset, s, folder)
+        if dist.is_initialized():
+            dist.barrier()  # all stay until the pictures are drawn
+            dist.destroy_process_group()
     except Stopped as error:
         print(f"train.py: stopped: {error}; its whole epochs are in {folder}", file=sys.stderr)
         return 1
