@@ -547,43 +547,45 @@ def vary(split, classes, variant, shares, seed):
 
 # ---------------------------------------------------------------- batches
 
-# ImageNet's, as the study has it; for one channel their means.
+# Mean and std by which pixels of 0-1 are normalised; for one channel the means of the three.
+# "imagenet" is the CIFAR study's, the others are what the remaining studies have.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SCALES = {"imagenet": (MEAN, STD), "-1..1": ((0.5,) * 3, (0.5,) * 3), "0..1": ((0.0,) * 3, (1.0,) * 3)}
 
 
 @functools.lru_cache
-def _mean_std(channels, pixels, device):
+def _mean_std(channels, pixels, device, scale):
     """Mean and std of each value of a whole image whose channels lie innermost, (H * W * C,).
 
     Three channels against (3, 1, 1) would be a slow pattern for a CPU.
     """
-    mean, std = torch.tensor([MEAN, STD], device=device)
+    mean, std = torch.tensor(SCALES[scale], device=device)
     if channels == 1:
         mean, std = mean.mean(0, keepdim=True), std.mean(0, keepdim=True)
     return mean.repeat(pixels), std.repeat(pixels)
 
 
 @functools.lru_cache
-def _shift_scale(*shape_and_device):
+def _shift_scale(*arguments):
     """What takes pixels of 0-255 to normalised ones: shift + scale * pixel."""
-    mean, std = _mean_std(*shape_and_device)
+    mean, std = _mean_std(*arguments)
     return -mean / std, 1 / (255 * std)
 
 
-def _affine(images, shift_scale):
+def _affine(images, shift_scale, scale):
     """shift + scale * images, (B, C, H, W) float32, in channels_last memory."""
     b, c, h, w = images.shape
-    shift, scale = shift_scale(c, h * w, images.device)
+    shift, factor = shift_scale(c, h * w, images.device, scale)
     rows = images.permute(0, 2, 3, 1).flatten(1).float()  # (B, H * W * C)
-    return torch.addcmul(shift, rows, scale).view(b, h, w, c).permute(0, 3, 1, 2)
+    return torch.addcmul(shift, rows, factor).view(b, h, w, c).permute(0, 3, 1, 2)
 
 
-def normalise(images, size=None, margin=False, offsets=None):
-    """uint8 images (B, C, H, W) as the network sees them: float32, minus mean, over std.
+def normalise(images, size=None, margin=False, offsets=None, scale="imagenet"):
+    """Images (B, C, H, W) of 0-255 as the network sees them: float32, minus mean, over std.
 
     size: bring them to size x size first: shorter side scaled (bilinear), then cropped. margin:
     scale to 8/7 of size before the crop, as ImageNet's 256 and 224. offsets: (B, 2), from 0 (top,
-    left) to 1, where each image's crop lies; the centre where None.
+    left) to 1, where each image's crop lies; the centre where None. scale: a name of SCALES.
     """
     if size is not None and (margin or tuple(images.shape[2:]) != (size, size)):
         images = TF.resize(images, [size * 8 // 7 if margin else size], antialias=True)
@@ -595,30 +597,42 @@ def normalise(images, size=None, margin=False, offsets=None):
             picture = torch.arange(len(images), device=images.device)[:, None, None]
             pixels = images.permute(0, 2, 3, 1)[picture, first[:, 0, :, None], first[:, 1, None, :]]
             images = pixels.permute(0, 3, 1, 2)
-    return _affine(images, _shift_scale)
+    return _affine(images, _shift_scale, scale)
 
 
-def add_noise(images, std, generator):
+def rotate(images, angles):
+    """Images (B, C, H, W) of any float type, each turned by its angle (B,) in degrees, counter-
+    clockwise, about its centre; bilinear, black outside."""
+    b, c, h, w = images.shape
+    turn = torch.deg2rad(angles)
+    cos, sin, zero = turn.cos(), turn.sin(), torch.zeros_like(turn)
+    theta = torch.stack([cos, -sin * h / w, zero, sin * w / h, cos, zero], 1).view(b, 2, 3)
+    grid = torch.nn.functional.affine_grid(theta, (b, c, h, w), align_corners=False)
+    return torch.nn.functional.grid_sample(images, grid, align_corners=False)
+
+
+def add_noise(images, std, generator, scale="imagenet"):
     """Normalised images (B, C, H, W) with Gaussian noise, std in pixels of 0-1, on their device.
     generator: a torch.Generator of that device."""
     b, c, h, w = images.shape
     noise = torch.randn(b, h * w * c, generator=generator, device=images.device)
-    noise *= std / _mean_std(c, h * w, images.device)[1]
+    noise *= std / _mean_std(c, h * w, images.device, scale)[1]
     return images + noise.view(b, h, w, c).permute(0, 3, 1, 2)
 
 
-def to_pixels(normalised):
+def to_pixels(normalised, scale="imagenet"):
     """The way back: normalised (B, C, H, W) of any float type to pixels of 0-1, clamped."""
-    return _affine(normalised, _mean_std).clamp_(0, 1)
+    return _affine(normalised, _mean_std, scale).clamp_(0, 1)
 
 
-def batches(split, batch_size, epoch_seed=None, flip=False, size=None, margin=False, part=(0, 1)):
+def batches(split, batch_size, epoch_seed=None, flip=False, size=None, margin=False, scale="imagenet",
+            degrees=0.0, part=(0, 1)):
     """A split's batches, (images, labels) as `normalise` makes them, on the split's device.
 
     epoch_seed: an int shuffles, always in the same order for the same seed; None keeps the
-    set's order. flip: turn each image left to right with probability 1/2; margin: crop it
-    anywhere, with epoch_seed None in the centre (both drawn from the same seed). The last batch
-    may be smaller. part: (rank, processes): every batch's share of that process; one image, for
+    set's order. flip: turn each image left to right with probability 1/2; degrees: rotate it by
+    up to so many, either way; margin: crop it anywhere, with epoch_seed None in the centre (all
+    drawn from the same seed). The last batch may be smaller. part: (rank, processes): every batch's share of that process; one image, for
     company, where the batch has none for it.
     """
     n, device, (rank, processes) = len(split.labels), split.images.device, part
@@ -626,6 +640,7 @@ def batches(split, batch_size, epoch_seed=None, flip=False, size=None, margin=Fa
     order = torch.arange(n) if epoch_seed is None else torch.randperm(n, generator=generator)
     flipped = (torch.rand(n, generator=generator) < 0.5).to(device)
     offsets = torch.rand(n, 2, generator=generator).to(device) if margin and epoch_seed is not None else None
+    angles = degrees * (2 * torch.rand(n, generator=generator).to(device) - 1) if degrees else None
     order = order.to(device)
     pixels = split.images.permute(0, 2, 3, 1)  # (N, H, W, C), contiguous: an image is a row
     for start in range(0, n, batch_size):
@@ -636,7 +651,9 @@ def batches(split, batch_size, epoch_seed=None, flip=False, size=None, margin=Fa
         if flip:
             turned = flipped[own, None, None, None]
             images = images.flip(3) * turned + images * ~turned  # torch.where takes twice the time
-        yield (normalise(images, size, margin, None if offsets is None else offsets[own]),
+        if degrees:
+            images = rotate(images.float(), angles[own])
+        yield (normalise(images, size, margin, None if offsets is None else offsets[own], scale),
                split.labels.index_select(0, rows))
 
 

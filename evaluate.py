@@ -36,9 +36,9 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 CHECKPOINT = "autoencoder checkpoint, format 1"
 # What of train.py's settings an evaluation needs.
-SETTINGS = ("version", "dataset", "data_dir", "size", "margin", "classes", "train_size", "test_size",
-            "val_share", "variant", "constrain", "blur", "noise", "alpha", "beta", "delta", "jigsaw_grid",
-            "seed", "precision")
+SETTINGS = ("version", "dataset", "data_dir", "size", "margin", "scale", "classes", "train_size",
+            "test_size", "val_share", "variant", "constrain", "blur", "noise", "clean_test", "alpha", "beta",
+            "delta", "jigsaw_grid", "seed", "precision")
 
 
 class UsageError(ValueError):
@@ -182,7 +182,12 @@ def load_data(settings):
 def view(settings):
     """How settings (a dict of train.py's) have a picture brought to the network: arguments for
     data.batches and data.normalise."""
-    return {key: settings[key] for key in ("size", "margin")}
+    return {key: settings[key] for key in ("size", "margin", "scale")}
+
+
+def noise_in_tests(settings):
+    """The noise on test images."""
+    return 0.0 if settings["clean_test"] else settings["noise"]
 
 
 def mine():
@@ -192,14 +197,16 @@ def mine():
 
 @torch.no_grad()
 def measure(model, split, precision="fp32", classify=True, reconstruct=True, batch_size=100, noise=0.0,
-            grid=None, **how):
+            grid=None, scale="imagenet", **how):
     """A model's losses and errors on a Split, as plain numbers in a dict.
 
     classifier, autoencoder: the two losses (None where not asked for or not there).
     accuracy: percent. confusion: counts, [true class][predicted class].
     On pixels of 0-1, the reconstruction clamped to them as in a saved picture: mse, mae (per
     value), psnr (dB, mean over the images), absolute_error_total (over all values of the
-    whole split) and absolute_error_per_image.
+    whole split) and absolute_error_per_image; net_error_total and net_error_per_image are
+    |sum(x - reconstruction)| of each image, in which errors of opposite sign cancel: what the
+    FashionMNIST study calls its mean absolute error. kl: a variational code's divergence.
     noise: the network sees noisy images (the same at every call), the errors are against the
     clean ones. grid: also the jigsaw loss of images in grid x grid tiles. how: as `view` gives it.
     """
@@ -208,25 +215,29 @@ def measure(model, split, precision="fp32", classify=True, reconstruct=True, bat
     device, n, (rank, processes) = split.labels.device, len(split.labels), mine()
     classify = classify and model.classifier is not None
     reconstruct = reconstruct and model.decoder is not None
-    sums = torch.zeros(6, device=device, dtype=torch.float64)
-    confusion = torch.zeros(model.num_classes ** 2, device=device, dtype=torch.int64)
+    gaussian, width = models.gaussian(model), model.num_classes + (model.version.scores is not None)
+    sums = torch.zeros(8, device=device, dtype=torch.float64)
+    confusion = torch.zeros(model.num_classes * width, device=device, dtype=torch.int64)
     generator, orders = torch.Generator(device).manual_seed(0), torch.Generator().manual_seed(0)
     own = data.Split(*(tensor[rank::processes] for tensor in split)) if processes > 1 else split
-    for images, labels in data.batches(own, batch_size, **how):
-        inputs = data.add_noise(images, noise, generator) if noise else images
+    for images, labels in data.batches(own, batch_size, scale=scale, **how):
+        inputs = data.add_noise(images, noise, generator, scale) if noise else images
         with autocast(device, precision):
             logits, rebuilt = model(inputs, classify=classify, reconstruct=reconstruct)
         if classify:
             sums[0] += len(labels) * losses.classifier_loss(logits, labels)
-            cells = labels * model.num_classes + logits.argmax(1)
+            cells = labels * width + logits.argmax(1).clamp(max=width - 1)  # the last: no class
             confusion += torch.bincount(cells, minlength=len(confusion))
         if reconstruct:
             sums[1] += len(labels) * losses.autoencoder_loss(rebuilt, images)
-            error = (data.to_pixels(rebuilt) - data.to_pixels(images)).flatten(1)
+            error = (data.to_pixels(rebuilt, scale) - data.to_pixels(images, scale)).flatten(1)
             mse = error.square().mean(1)
             sums[2] += mse.sum()
             sums[3] += error.abs().sum()
             sums[4] += -10 * mse.clamp(min=1e-10).log10().sum()
+            sums[6] += error.sum(1).abs().sum()
+        if gaussian:
+            sums[7] += len(labels) * losses.kl_loss(gaussian.mean, gaussian.log_variance, images[0].numel())
         if grid:
             order = torch.rand(len(labels), grid * grid, generator=orders).argsort(1).to(device)
             with autocast(device, precision):
@@ -236,18 +247,21 @@ def measure(model, split, precision="fp32", classify=True, reconstruct=True, bat
     if processes > 1:
         dist.all_reduce(sums)
         dist.all_reduce(confusion)
-    total = sums[3].item()
-    cross_entropy, autoencoder, mse, absolute, psnr, jigsaw = (sums / n).tolist()
+    cross_entropy, autoencoder, mse, absolute, psnr, jigsaw, net, kl = (sums / n).tolist()
     result = dict.fromkeys(["classifier", "accuracy", "confusion", "autoencoder", "mse", "mae", "psnr",
-                            "absolute_error_total", "absolute_error_per_image", "jigsaw"])
+                            "absolute_error_total", "absolute_error_per_image", "net_error_total",
+                            "net_error_per_image", "jigsaw", "kl"])
     if classify:
-        confusion = confusion.view(model.num_classes, -1)
+        confusion = confusion.view(model.num_classes, width)
         result.update(classifier=cross_entropy, confusion=confusion.tolist(),
                       accuracy=100 * confusion.trace().item() / n)
     if reconstruct:
         values = math.prod(model.version.in_shape)
         result.update(autoencoder=autoencoder, mse=mse, mae=absolute / values, psnr=psnr,
-                      absolute_error_total=total, absolute_error_per_image=absolute)
+                      absolute_error_total=sums[3].item(), absolute_error_per_image=absolute,
+                      net_error_total=sums[6].item(), net_error_per_image=net)
+    if gaussian:
+        result["kl"] = kl
     if grid:
         result["jigsaw"] = jigsaw
     return result
@@ -296,12 +310,12 @@ def draw_sheet(rows, names, path, title):
 
 
 @torch.no_grad()
-def rebuild(model, inputs, precision="fp32"):
+def rebuild(model, inputs, settings):
     """The pixels (B, C, H, W) of 0-1 that the model makes of normalised images."""
     model.eval()
-    with autocast(inputs.device, precision):
+    with autocast(inputs.device, settings["precision"]):
         _, rebuilt = model(inputs, classify=False)
-    return data.to_pixels(rebuilt)
+    return data.to_pixels(rebuilt, settings["scale"])
 
 
 def draw_reconstructions(model, dataset, settings, folder, note=""):
@@ -312,12 +326,13 @@ def draw_reconstructions(model, dataset, settings, folder, note=""):
     chosen = [labels.index(label) for label in range(len(dataset.classes)) if label in labels]
     raw, device = dataset.test.images[chosen], dataset.test.images.device
     names = [dataset.classes[labels[index]] for index in chosen]
+    scale, noise = settings["scale"], noise_in_tests(settings)
     images, generator = data.normalise(raw, **view(settings)), torch.Generator(device).manual_seed(0)
-    inputs = data.add_noise(images, settings["noise"], generator) if settings["noise"] else images
-    rows = [data.to_pixels(images), rebuild(model, inputs, settings["precision"])]
+    inputs = data.add_noise(images, noise, generator, scale) if noise else images
+    rows = [data.to_pixels(images, scale), rebuild(model, inputs, settings)]
     order = "originals above, reconstructions below"
-    if settings["noise"]:
-        rows.insert(1, data.to_pixels(inputs))
+    if noise:
+        rows.insert(1, data.to_pixels(inputs, scale))
         order = "originals, with noise, reconstructions"
     draw_sheet(rows, names, folder / "recon.png", f"{dataset.name}, test images: {order}{note}")
 
@@ -331,7 +346,7 @@ def draw_reconstructions(model, dataset, settings, folder, note=""):
         grid = settings["jigsaw_grid"]
         tiles = torch.rand(len(chosen), grid * grid, generator=torch.Generator().manual_seed(0)).argsort(1)
         jumbled = losses.jumble(inputs, grid, tiles.to(device))
-        draw_sheet([rows[0], data.to_pixels(jumbled), rebuild(model, jumbled, settings["precision"])], names,
+        draw_sheet([rows[0], data.to_pixels(jumbled, scale), rebuild(model, jumbled, settings)], names,
                    folder / "jigsaw.png", f"{dataset.name}, test images: originals, jumbled, reconstructed")
 
 
@@ -353,7 +368,8 @@ def draw_confusion(confusion, classes, path, title):
     figure, axis = plt.subplots(figsize=(side + 1, side))
     picture = axis.imshow(share, cmap="Greys", vmin=0, vmax=100)
     if few:
-        axis.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+        predicted = [*classes, "no class"][:counts.shape[1]]  # scores that belong to none
+        axis.set_xticks(range(len(predicted)), predicted, rotation=45, ha="right")
         axis.set_yticks(range(len(classes)), classes)
         for (row, column), value in np.ndenumerate(share):
             if value >= 0.05:
@@ -465,28 +481,29 @@ def rebuilds(settings):
     return settings["beta"] > 0 or settings["delta"] > 0
 
 
-def classify_pictures(model, content, paths, device, precision, folder):
+def classify_pictures(model, content, paths, device, folder):
     """Prints each picture's most likely classes and saves it as the network saw it, with its
     reconstruction. Returns a list of plain dicts, one for each picture."""
-    channels, height, width = model.version.in_shape
+    settings, (channels, height, width) = content["settings"], model.version.in_shape
     arrays = [data.read_image(path, channels, fit=(height, width)) for path in paths]
     folder.mkdir(parents=True, exist_ok=True)
     results = []
     for i, (path, array) in enumerate(zip(paths, arrays)):
-        image = data.normalise(torch.from_numpy(array.copy()).permute(2, 0, 1)[None].to(device))
+        image = torch.from_numpy(array.copy()).permute(2, 0, 1)[None].to(device)
+        image = data.normalise(image, scale=settings["scale"])
         result = {"image": str(path)}
-        if content["settings"]["alpha"]:
-            with torch.no_grad(), autocast(device, precision):
+        if settings["alpha"]:
+            with torch.no_grad(), autocast(device, settings["precision"]):
                 logits, _ = model(image, reconstruct=False)
-            chances = logits[0].float().softmax(0)
+            chances = logits[0].float().softmax(0)[:model.num_classes]
             best = chances.argsort(descending=True)[:3].tolist()
             result["classes"] = {content["classes"][k]: chances[k].item() for k in best}
             print(f"{path}: " + ", ".join(f"{name} {100 * chance:.1f}%"
                                           for name, chance in result["classes"].items()))
-        if rebuilds(content["settings"]):
+        if rebuilds(settings):
             stem = folder / f"{i}_{_file_name(Path(path).stem)}"
-            _save_picture(data.to_pixels(image)[0], Path(f"{stem}.png"))
-            _save_picture(rebuild(model, image, precision)[0], Path(f"{stem}_recon.png"))
+            _save_picture(data.to_pixels(image, settings["scale"])[0], Path(f"{stem}.png"))
+            _save_picture(rebuild(model, image, settings)[0], Path(f"{stem}_recon.png"))
             result["reconstruction"] = f"{stem}_recon.png"
             print(f"{path}: reconstruction in {stem}_recon.png")
         results.append(result)
@@ -508,7 +525,7 @@ def report(model, content, settings, device, folder):
                          f"the checkpoint takes {channels}x{height}x{width}")
     dataset.test = data.Split(*(part.to(device) for part in dataset.test))
     result = measure(model, dataset.test, settings["precision"], settings["alpha"] > 0, rebuilds(settings),
-                     noise=settings["noise"], **view(settings))
+                     noise=noise_in_tests(settings), **view(settings))
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{settings['version']} after epoch {content['epoch']}, on {len(dataset.test.labels):,} test "
           f"images of {dataset.name} ({dataset.source})")
@@ -525,7 +542,9 @@ def report(model, content, settings, device, folder):
               f"  MAE                     {result['mae']:>10.5f}\n"
               f"  PSNR                    {result['psnr']:>10.2f} dB\n"
               f"  absolute error per image{result['absolute_error_per_image']:>10.2f}\n"
-              f"  absolute error in total {result['absolute_error_total']:>10.0f}")
+              f"  absolute error in total {result['absolute_error_total']:>10.0f}\n"
+              f"  |sum of errors| per image{result['net_error_per_image']:>9.2f}\n"
+              f"  MSE as trained, {settings['scale']:<9}{result['autoencoder']:>9.5f}")
         draw_reconstructions(model, dataset, settings, folder)
     elif model.decoder is not None:
         print("reconstruction: none, the decoder was not trained (beta 0)")
@@ -577,7 +596,7 @@ def evaluate(args, folder):
     model = model.to(device).eval()
     if args.images:
         folder /= "images"
-        result = classify_pictures(model, content, args.images, device, settings["precision"], folder)
+        result = classify_pictures(model, content, args.images, device, folder)
     else:
         result = report(model, content, settings, device, folder)
     write_json(folder / "report.json", result)

@@ -1,7 +1,7 @@
 """The terms of the loss and their weighted sum.
 
     loss = (alpha * classifier_loss + beta * autoencoder_loss + gamma * l2_reg_loss
-            + delta * jigsaw_recon_loss)
+            + delta * jigsaw_recon_loss + kl * kl_loss)
 
     total, terms = weighted_loss(1.0, 1.0, 0.0, logits=logits, labels=labels,
                                  reconstruction=reconstruction, images=images)
@@ -66,9 +66,18 @@ def jigsaw_recon_loss(reconstruction, images):
     return autoencoder_loss(reconstruction, images)
 
 
-def weighted_loss(alpha=1.0, beta=1.0, gamma=0.0, delta=0.0, *, logits=None, labels=None,
+def kl_loss(mean, log_variance, values):
+    """Kullback-Leibler divergence of N(mean, variance) from N(0, 1), summed over the code, mean over
+    the batch, divided by `values`, the values of an image, so that it stands on the scale of the
+    mean squared error. With the weight 2 * s^2 the sum is the evidence bound of a decoder whose
+    pixels have standard deviation s (Kingma and Welling 2014). Both (B, units)."""
+    mean, log_variance = mean.float(), log_variance.float()
+    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean() / values
+
+
+def weighted_loss(alpha=1.0, beta=1.0, gamma=0.0, delta=0.0, kl=0.0, *, logits=None, labels=None,
                   class_weights=None, reconstruction=None, images=None, parameters=None,
-                  jigsaw_reconstruction=None):
+                  jigsaw_reconstruction=None, mean=None, log_variance=None):
     """The weighted sum of the terms, and the terms: (total, {"classifier": ..., ...}).
 
     A term whose weight is 0 is not computed and not in the dict, and its tensors may be None.
@@ -83,7 +92,9 @@ def weighted_loss(alpha=1.0, beta=1.0, gamma=0.0, delta=0.0, *, logits=None, lab
         terms["l2"] = l2_reg_loss(parameters)
     if delta:
         terms["jigsaw"] = jigsaw_recon_loss(jigsaw_reconstruction, images)
+    if kl:
+        terms["kl"] = kl_loss(mean, log_variance, images[0].numel())
     if not terms:
-        raise ValueError("alpha, beta, gamma and delta are all 0: there is nothing to train on")
-    weights = {"classifier": alpha, "autoencoder": beta, "l2": gamma, "jigsaw": delta}
+        raise ValueError("alpha, beta, gamma, delta and kl are all 0: there is nothing to train on")
+    weights = {"classifier": alpha, "autoencoder": beta, "l2": gamma, "jigsaw": delta, "kl": kl}
     return sum(weights[name] * term for name, term in terms.items()), terms

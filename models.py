@@ -13,14 +13,17 @@ Tokens are joined by `>`; where a map meets a linear layer it is flattened.
     G(n)    conv whose kernel is the whole map, to n values      transposed conv, same kernel
     L(n)    linear to n, ReLU                                    linear
     L'(n)   linear to n                                          linear
+    N(n)    linear to n means and n log-variances; the code is   linear
+            drawn from that Gaussian in training, else the mean
     D(p)    dropout with probability p                           nothing
     A(n)    average-pool to an n x n map                         none: for classifiers
     T(n)    2x2 transposed conv, stride 2, ReLU                  none: for written-out decoders
     T'(n)   1x1 transposed conv, ReLU                            none
+    U(n)    3x3 transposed conv, stride 2, doubling, ReLU        none
 
 A decoder is its encoder's mirror (every layer backwards, ReLU after each but the last) or is
-written out (no ReLU after its last layer). An encoder may also be one of torchvision's networks,
-by name (BACKBONES). `python models.py` prints the table of all versions, `python models.py v4`
+written out (no ReLU after its last layer). An encoder may also be one of torchvision's networks
+(BACKBONES) or one written out below (OWN), by name. `python models.py` prints the table of all versions, `python models.py v4`
 one of them layer by layer. This file needs torch, and torchvision for its networks alone.
 """
 import difflib
@@ -41,12 +44,15 @@ from torch import nn
 @dataclass(frozen=True)
 class Version:
     """A network in the notation. decoder: "mirror", a notation, or None for no decoder."""
-    encoder: str  # a notation, or a name of BACKBONES
+    encoder: str  # a notation, or a name of BACKBONES or OWN
     classifier: str | None = None  # its last L'(n) follows the data set's number of classes
     decoder: str | None = "mirror"
     in_shape: tuple = (3, 32, 32)  # the study's input: channels, height, width
     pretrained: bool = False  # a backbone begins with its ImageNet weights
     skip: bool = False  # the study's modified network: lower features join the classifier's
+    output: str | None = None  # what ends the decoder: None, "sigmoid" or "tanh"
+    he: bool = False  # He et al.'s initialisation (2015), biases 0
+    scores: int | None = None  # the classifier's outputs, where they are not the classes
 
 
 # The networks of the CIFAR study. v4 has dropout after the classifier's first two convs, as
@@ -79,9 +85,42 @@ VERSIONS = {
     "squeezenet": Version("squeezenet1_1", "A(1)>D(0.5)>L'(10)", "T(384)>T'(256)>T(128)>T(64)>T(3)",
                           (3, 224, 224), pretrained=True),
 }
+# The joint model of five classes, and the plain CNN it is compared with (six convs; the study
+# says no more of it). 251 of its 256 scores belong to no class.
+VERSIONS |= {
+    "joint5": Version("C(12)>C(24)>C(48)", "A(1)>L'(256)", "U(24)>U(12)>U(3)", output="tanh", he=True,
+                      scores=256),
+    "cnn6": Version("C'(32)>C(32)>C'(64)>C(64)>C'(128)>C(128)", "L(128)>L'(10)", None, he=True),
+}
+# Autoencoders of three kinds, of four code sizes and of four depths.
+VERSIONS |= {
+    "mlp": Version("L(512)>L(128)>L'(32)"), "combo": Version("C(16)>C(32)>L'(32)"),
+    "cnn": Version("C(16)>C(32)>G(32)"), "cnn10": Version("C(16)>C(32)>G(10)"),
+    "cnn32": Version("C(16)>C(32)>G(32)"), "cnn100": Version("C(16)>C(32)>G(100)"),
+    "cnn1000": Version("C(16)>C(32)>G(1000)"), "cnnL1": Version("G(32)"),
+    "cnnL3": Version("C(16)>C(32)>G(32)"), "cnnL5": Version("C'(16)>C(16)>C'(32)>C(32)>G(32)"),
+    "cnnL10": Version("C'(16)>C'(16)>C(16)>C'(32)>C'(32)>C(32)>C'(64)>C'(64)>C(64)>G(32)"),
+}
+# The two studies of grey images, and a variational autoencoder (Kingma and Welling 2014).
+GREY = (1, 28, 28)
+VERSIONS |= {
+    "mnist": Version("mnist", "L(120)>L'(10)", "mnist", GREY),
+    "fashion-mlp": Version("L(128)>L'(2)", in_shape=GREY, output="sigmoid"),
+    "fashion-cnn": Version("C(16)>C(32)", in_shape=GREY, output="sigmoid"),
+    "vae": Version("C(32)>C(64)>L(256)>N(32)", in_shape=GREY, output="sigmoid"),
+}
 # torchvision's networks that can be an encoder: all but their classifier. The number is where
 # their lower features, about 56x56 of 224x224 pixels, come out.
 BACKBONES = {"vgg16": 10, "resnet50": 5, "mobilenet_v2": 4, "squeezenet1_1": 6}
+# Networks that the notation cannot say: (encoder, decoder), each a function that makes it.
+OWN = {"mnist": (
+    lambda: nn.Sequential(nn.Conv2d(1, 8, 2, padding=1), nn.ReLU(), nn.MaxPool2d(2),             # 8x14x14
+                          nn.Conv2d(8, 16, 2, stride=2, padding=1), nn.ReLU(), nn.MaxPool2d(2),  # 16x4x4
+                          nn.Conv2d(16, 3, 1), nn.ReLU()),                                       # 3x4x4
+    lambda: nn.Sequential(nn.ConvTranspose2d(3, 16, 3), nn.ReLU(),                               # 16x6x6
+                          nn.ConvTranspose2d(16, 8, 3, stride=2), nn.ReLU(),                     # 8x13x13
+                          nn.ConvTranspose2d(8, 1, 4, stride=2), nn.ReLU()))}                    # 1x28x28
+OUTPUTS = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
 
 
 class NotationError(ValueError):
@@ -124,6 +163,20 @@ class Dropout(nn.Dropout):
         return x * mask.view(x.movedim(1, -1).shape).movedim(-1, 1)  # channels_last, as x is
 
 
+class Gaussian(nn.Module):
+    """The code of a variational autoencoder (Kingma and Welling 2014): features (B, n) -> code
+    (B, units), drawn in training, the mean otherwise. Keeps `mean` and `log_variance` of its last
+    batch, for the KL term."""
+
+    def __init__(self, n, units):
+        super().__init__()
+        self.linear = nn.Linear(n, 2 * units)
+
+    def forward(self, x):
+        self.mean, self.log_variance = mean, log_variance = self.linear(x).float().chunk(2, 1)
+        return mean + torch.randn_like(mean) * (log_variance / 2).exp() if self.training else mean
+
+
 class Autoencoder(nn.Module):
     """An encoder with a classifier and a decoder on its code; either may be None.
 
@@ -161,7 +214,7 @@ class Joined(nn.Module):
 # ---------------------------------------------------------------- from notation to layers
 
 class Token(NamedTuple):
-    kind: str      # C, C', S, G, L, L', D, A, T or T'
+    kind: str      # C, C', S, G, L, L', N, D, A, T, T' or U
     value: float   # channels or units (int), for D the probability
     where: str     # the notation, the token's place and text, for messages
 
@@ -171,10 +224,10 @@ def parse(notation):
     tokens = []
     for place, text in enumerate(str(notation).split(">"), 1):
         where = f"{notation!r}, token {place} {text.strip()!r}"
-        match = re.fullmatch(r"\s*(C'?|S|G|L'?|D|A|T'?)\(\s*([0-9.]+)\s*\)\s*", text)
+        match = re.fullmatch(r"\s*(C'?|S|G|L'?|N|D|A|T'?|U)\(\s*([0-9.]+)\s*\)\s*", text)
         if not match:
-            raise NotationError(f"{where}: expected one of C(n) C'(n) S(n) G(n) L(n) L'(n) D(p) "
-                                "A(n) T(n) T'(n), joined by '>'")
+            raise NotationError(f"{where}: expected one of C(n) C'(n) S(n) G(n) L(n) L'(n) N(n) "
+                                "D(p) A(n) T(n) T'(n) U(n), joined by '>'")
         kind, number = match.groups()
         if kind == "D":
             if not re.fullmatch(r"0?\.\d+|0", number):
@@ -196,11 +249,13 @@ def _layer(token, shape):
     kind, n, where = token
     if kind == "D":
         return [Dropout(n)], shape
-    weights = n * (math.prod(shape) if kind in ("L", "L'", "G") else 9 * shape[0])
+    weights = n * (math.prod(shape) if kind in ("L", "L'", "N", "G") else 9 * shape[0])
     if weights > LARGEST:
         raise NotationError(f"{where}: would have {weights:,} weights; expected at most {LARGEST:,}")
+    flatten = [nn.Flatten()] if len(shape) == 3 else []
+    if kind == "N":
+        return flatten + [Gaussian(math.prod(shape), n)], (n,)
     if kind in ("L", "L'"):
-        flatten = [nn.Flatten()] if len(shape) == 3 else []
         return flatten + [nn.Linear(math.prod(shape), n)] + [nn.ReLU()] * (kind == "L"), (n,)
     if len(shape) != 3:
         raise NotationError(f"{where}: expected a map (channels, height, width), but a linear "
@@ -224,6 +279,8 @@ def _layer(token, shape):
         return [nn.AvgPool2d((h // n, w // n)) if even else nn.AdaptiveAvgPool2d(n)], (c, n, n)
     if kind == "T'":
         return [ConvTranspose2d(c, n, 1), nn.ReLU()], (n, h, w)
+    if kind == "U":
+        return [nn.ConvTranspose2d(c, n, 3, 2, padding=1, output_padding=1), nn.ReLU()], (n, 2 * h, 2 * w)
     return [ConvTranspose2d(c, n, 2, stride=2), nn.ReLU()], (n, 2 * h, 2 * w)  # T
 
 
@@ -234,10 +291,10 @@ def _mirrored(token, before, after):
     S rounded up (7 to 4) one pixel of padding takes the surplus off.
     """
     kind = token.kind
-    if kind in ("L", "L'"):
+    if kind in ("L", "L'", "N"):
         unflatten = [nn.Unflatten(1, before)] if len(before) == 3 else []
         return [nn.Linear(after[0], math.prod(before))] + unflatten
-    if kind in ("A", "T", "T'"):
+    if kind in ("A", "T", "T'", "U"):
         raise NotationError(f"{token.where}: {kind} has no mirror; write the decoder out, or leave it out")
     channels, odd = (after[0], before[0]), (before[1] % 2, before[2] % 2)
     if kind == "C'":
@@ -316,17 +373,21 @@ def backbone(name, pretrained):
 
 
 def _encoder(version):
-    """(the encoder; the steps that `layers` gives, of a backbone the lower and the upper part; how
-    many of its layers give the lower features; a backbone's own classifier, else None)."""
-    shape = version.in_shape
-    if version.encoder not in BACKBONES:
+    """(the encoder; the steps that `layers` gives, of a network by name the lower and the upper part;
+    how many of its layers give the lower features; a backbone's own classifier, else None)."""
+    shape, name = version.in_shape, version.encoder
+    if name not in BACKBONES and name not in OWN:
         modules, steps = layers(version.encoder, shape)
         return nn.Sequential(*modules), steps, len(_layer(steps[0][0], shape)[0]), None
-    if shape[0] != 3 or min(shape[1:]) < 32:
-        raise NotationError(f"{version.encoder}: images of {_x(shape)}; expected 3 channels and sides of at "
-                            "least 32 (--size)")
-    encoder, classifier = backbone(version.encoder, version.pretrained)
-    tap = BACKBONES[version.encoder]
+    if name in OWN:
+        if shape != VERSIONS[name].in_shape:
+            raise NotationError(f"{name}: images of {_x(shape)}; expected {_x(VERSIONS[name].in_shape)}")
+        encoder, classifier, tap = OWN[name][0](), None, 3  # after its first pool
+    else:
+        if shape[0] != 3 or min(shape[1:]) < 32:
+            raise NotationError(f"{name}: images of {_x(shape)}; expected 3 channels and sides of at least 32 "
+                                "(--size)")
+        (encoder, classifier), tap = backbone(name, version.pretrained), BACKBONES[name]
     with torch.no_grad():
         lower = encoder.eval()[:tap](torch.zeros(1, *shape))
         code = encoder[tap:](lower)
@@ -362,20 +423,29 @@ def build(version, in_shape=None, num_classes=10, **changes):
         if last.kind != "L'":
             raise NotationError(f"{last.where}: a classifier ends in L'(number of classes)")
         head = version.classifier.rpartition(">")[0]
-        notation = f"{head}>L'({num_classes})" if head else f"L'({num_classes})"
+        notation = f"{head}>L'({version.scores or num_classes})".lstrip(">")
         classifier = (joined(notation, code, steps[0][2]) if version.skip
                       else nn.Sequential(*layers(notation, code)[0]))
         if version.pretrained:  # those linear layers that are a backbone's own (VGG16's first two)
             for ours, theirs in zip(_linears(classifier), _linears(own)):
                 if ours.weight.shape == theirs.weight.shape:
                     ours.load_state_dict(theirs.state_dict())
-    if version.decoder == "mirror":
-        if version.encoder in BACKBONES:
+    if version.decoder in OWN:
+        decoder = OWN[version.decoder][1]()
+    elif version.decoder == "mirror":
+        if version.encoder in BACKBONES or version.encoder in OWN:
             raise NotationError(f"{version.encoder}: has no mirror; expected a decoder that is written out")
         decoder = mirror(steps)
     elif version.decoder is not None:
         decoder = written_out(version.decoder, code, version.in_shape)
+    if decoder is not None and version.output:
+        decoder.append(OUTPUTS[version.output]())
     model = Autoencoder(encoder, classifier, decoder, tap if version.skip else None)
+    if version.he:
+        for layer in model.modules():
+            if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+                nn.init.kaiming_normal_(layer.weight)
+                nn.init.zeros_(layer.bias)
     model.version, model.num_classes, model.code_shape = version, num_classes, code
     return model
 
@@ -402,6 +472,11 @@ def written_out(notation, code, in_shape):
 
 def _x(shape):
     return "x".join(map(str, shape))
+
+
+def gaussian(model):
+    """The Gaussian that ends a variational encoder, else None."""
+    return model.encoder[-1] if isinstance(model.encoder[-1], Gaussian) else None
 
 
 def trace(model):

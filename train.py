@@ -33,24 +33,40 @@ import models
 from evaluate import (USER_ERRORS, Stopped, UsageError, autocast, best_row, chosen_on, draw_curves,
                       draw_reconstructions, draw_synthetic, keep_freed_memory, load_checkpoint, load_data,
                       measure, mine, per_class, pick_device, pick_precision, rebuilds, save_checkpoint, stop,
-                      view, write_json, write_whole)
+                      noise_in_tests, view, write_json, write_whole)
 from losses import balanced_weights, jumble, l2_reg_loss, weighted_loss
 
 # Every setting, as the CIFAR study has it, in the order in which they name a run's folder. size
-# None is the images' own; margin: scaled to 8/7 of size, then cropped.
+# None is the images' own; margin: scaled to 8/7 of size, then cropped; scale: of the pixels (see
+# data.SCALES); clean_test: no noise on test images; of separate training, first_share is the
+# autoencoder's share of the epochs, first_decay its weight decay where that is another one.
 STUDY = dict(
-    dataset="cifar10", size=None, margin=False, classes=None, train_size=None, test_size=None,
-    val_share=0.0, variant="complete", constrain=None, blur=0.0, noise=0.0, flip=True,
+    dataset="cifar10", size=None, margin=False, scale="imagenet", classes=None, train_size=None,
+    test_size=None, val_share=0.0, variant="complete", constrain=None, blur=0.0, noise=0.0,
+    clean_test=False, rotate=0.0, flip=True,
     encoder=None, classifier=None, no_decoder=False, skip=False, pretrained=None,
-    alpha=1.0, beta=1.0, gamma=0.0, delta=0.0, jigsaw_grid=4, class_weights=None,
+    alpha=1.0, beta=1.0, gamma=0.0, delta=0.0, kl=0.0, jigsaw_grid=4, class_weights=None,
     optimizer="sgd", lr=0.01, momentum=0.9, weight_decay=1e-4, lr_step=10, lr_decay=0.1, epochs=40,
-    batch_size=32, separate=False, freeze_encoder=True, precision="auto", seed=0)
+    batch_size=32, separate=False, first_share=0.5, first_decay=None, freeze_encoder=True,
+    precision="auto", seed=0)
 STANDARD = STUDY | dict(size=224, margin=True, pretrained=True)
+# The other studies: Adam, no drops of the rate, no flips.
+OTHERS = STUDY | dict(scale="0..1", flip=False, alpha=0.0, optimizer="adam", lr=0.001, weight_decay=0.0,
+                      lr_step=1000, epochs=20, batch_size=100)
+JOINT = OTHERS | dict(scale="-1..1", classes=["automobile", "cat", "dog", "horse", "truck"], rotate=10.0,
+                      noise=0.05, clean_test=True, alpha=0.1, epochs=10)  # 0.05 of 0-1 is 0.1 of -1..1
+SWEEPS = {"kind": ["mlp", "combo", "cnn"], "latent": ["cnn10", "cnn32", "cnn100", "cnn1000"],
+          "depth": ["cnnL1", "cnnL3", "cnnL5", "cnnL10"]}
+FASHION = OTHERS | dict(dataset="fashionmnist", epochs=30, batch_size=64)
 RECIPES = {name: STUDY for name in models.VERSIONS} | {
     "v2.3": STUDY | dict(size=64),
     "v4": STUDY | dict(gamma=0.001),
     "v4-stride2": STUDY | dict(gamma=0.001),
     "vgg": STANDARD, "resnet": STANDARD, "mobilenet": STANDARD, "squeezenet": STANDARD,
+    "joint5": JOINT, "cnn6": JOINT | dict(classes=None, alpha=1.0, beta=0.0),
+    **{name: OTHERS for names in SWEEPS.values() for name in names},
+    "mnist": OTHERS | dict(dataset="mnist", alpha=1.0, weight_decay=0.01, first_share=2 / 3, first_decay=0.0),
+    "fashion-mlp": FASHION, "fashion-cnn": FASHION, "vae": FASHION | dict(kl=0.02),
 }
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad}
 
@@ -59,15 +75,17 @@ OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adagrad": torch
 
 def phases(s):
     """The run's parts, each the settings that hold in it, with `start` and `end` (epochs from 0) and
-    whether the encoder is `frozen`: one, or the two halves of separate training, as the CIFAR
+    whether the encoder is `frozen`: one, or the two parts of separate training, as the CIFAR
     study's program has them: the autoencoder alone, then the classifier on its encoder; in each
-    half the learning rate starts anew and drops twice as often."""
+    part the learning rate starts anew and drops twice as often."""
     whole = vars(s) | dict(start=0, end=s.epochs, frozen=False)
     if not s.separate:
         return [Namespace(**whole)]
-    half, lr_step = s.epochs // 2, max(1, s.lr_step // 2)
-    return [Namespace(**whole | dict(alpha=0.0, lr_step=lr_step, end=half)),
-            Namespace(**whole | dict(beta=0.0, delta=0.0, lr_step=lr_step, start=half, frozen=s.freeze_encoder))]
+    first, lr_step = max(1, int(s.epochs * s.first_share + 1e-9)), max(1, s.lr_step // 2)
+    decay = s.weight_decay if s.first_decay is None else s.first_decay
+    return [Namespace(**whole | dict(alpha=0.0, lr_step=lr_step, end=first, weight_decay=decay)),
+            Namespace(**whole | dict(beta=0.0, delta=0.0, kl=0.0, lr_step=lr_step, start=first,
+                                     frozen=s.freeze_encoder))]
 
 
 def make_optimizer(model, s):
@@ -88,14 +106,13 @@ def make_optimizer(model, s):
                                    fused=fused or None, **momentum)
 
 
-TERMS = "classifier", "autoencoder", "jigsaw"
+TERMS = "classifier", "autoencoder", "jigsaw", "kl"
 
 
 def train_epoch(model, split, optimizer, s, epoch, show=None, net=None):
     """One epoch (counted from 0) of the weighted loss over a Split. s: a phase.
 
-    Returns the epoch's means as plain numbers: loss, classifier, autoencoder, jigsaw, l2, accuracy
-    (None where not trained). The seed and the epoch alone decide order, flips, tiles, noise and
+    Returns the epoch's means as plain numbers: loss, the TERMS, l2, accuracy (None where not trained). The seed and the epoch alone decide order, flips, tiles, noise and
     dropout. Nothing waits for the device but every hundredth step, where a loss that is not
     finite ends the run (Stopped). show(step, steps) is called at every step. net: the model
     as DistributedDataParallel wraps it; each process then takes its share of every batch.
@@ -111,26 +128,30 @@ def train_epoch(model, split, optimizer, s, epoch, show=None, net=None):
     n, device = len(split.labels), split.labels.device
     tiles, noise = torch.Generator().manual_seed(seed + 2**40), torch.Generator(device)
     noise.manual_seed(seed + (rank + 2) * 2**40)
-    weights = balanced_weights(split.labels, model.num_classes) if s.class_weights else None
+    scores = model.version.scores or model.num_classes
+    weights = balanced_weights(split.labels, scores) if s.class_weights else None
     alpha, decode, steps = s.alpha > 0, s.beta > 0, math.ceil(n / s.batch_size)
-    history = torch.zeros(steps, 4, device=device)  # sums over a batch: the TERMS, right answers
+    history = torch.zeros(steps, len(TERMS) + 1, device=device)  # sums over a batch: TERMS, right answers
     zero = torch.zeros((), device=device)
     for step, (images, labels) in enumerate(data.batches(split, s.batch_size, epoch_seed=seed, flip=s.flip,
-                                                         part=(rank, processes), **view(vars(s)))):
+                                                         degrees=s.rotate, part=(rank, processes),
+                                                         **view(vars(s)))):
         batch = min(s.batch_size, n - step * s.batch_size)
         count = len(range(rank, batch, processes))  # 0 where this process's one image is for company
-        inputs = data.add_noise(images, s.noise, noise) if s.noise else images
-        mended = None
+        inputs = data.add_noise(images, s.noise, noise, s.scale) if s.noise else images
+        mended, code = None, (None, None)
         with autocast(device, s.precision):
             logits, rebuilt = (net or model)(inputs, classify=alpha, reconstruct=decode)
+            if s.kl:
+                code = models.gaussian(model).mean, models.gaussian(model).log_variance
             if s.delta:
                 order = torch.rand(batch, s.jigsaw_grid ** 2, generator=tiles).argsort(1)
                 order = order[rank::processes] if count else order[:1]
                 jumbled = jumble(inputs, s.jigsaw_grid, order.to(device))
                 mended = (net or model)(jumbled, classify=False)[1]
-        loss, terms = weighted_loss(s.alpha, s.beta, 0.0, s.delta, logits=logits, labels=labels,
+        loss, terms = weighted_loss(s.alpha, s.beta, 0.0, s.delta, s.kl, logits=logits, labels=labels,
                                     class_weights=weights, reconstruction=rebuilt, images=images,
-                                    jigsaw_reconstruction=mended)
+                                    jigsaw_reconstruction=mended, mean=code[0], log_variance=code[1])
         if processes > 1:  # DistributedDataParallel takes the mean over the processes
             loss = loss * (count * processes / batch)
         loss.backward()
@@ -150,7 +171,7 @@ def train_epoch(model, split, optimizer, s, epoch, show=None, net=None):
     # The weights change little within an epoch: the term is taken once, as it ends.
     with torch.no_grad():
         l2 = l2_reg_loss(p for group in optimizer.param_groups for p in group["params"]).item()
-    used = dict(zip(TERMS, (s.alpha, s.beta, s.delta)))
+    used = dict(zip(TERMS, (s.alpha, s.beta, s.delta, s.kl)))
     return {"loss": sum(weight * mean for weight, mean in zip(used.values(), means)) + s.gamma * l2,
             **{name: mean if used[name] else None for name, mean in zip(TERMS, means)},
             "l2": l2, "accuracy": 100 * right if alpha else None}
@@ -185,8 +206,8 @@ def train(model, dataset, s, folder, state=None):
             optimizer.load_state_dict(state["optimizer"])
         net = torch.nn.parallel.DistributedDataParallel(model) if processes > 1 else None
         # In the second half of separate training what the first one has learnt is measured, too.
-        how = dict(precision=s.precision, classify=phase.alpha > 0, reconstruct=rebuilds(settings), noise=s.noise,
-                   grid=s.jigsaw_grid if s.delta else None, **view(settings))
+        how = dict(precision=s.precision, classify=phase.alpha > 0, reconstruct=rebuilds(settings),
+                   noise=noise_in_tests(settings), grid=s.jigsaw_grid if s.delta else None, **view(settings))
         for epoch in range(len(rows), phase.end):
             start = time.perf_counter()
             show = progress(epoch + 1) if sys.stdout.isatty() and not rank else None
@@ -194,12 +215,13 @@ def train(model, dataset, s, folder, state=None):
             seconds = time.perf_counter() - start
             tested = measure(model, dataset.test, **how)
             held = dataset.val and measure(model, dataset.val, **how)
-            weights = {"classifier": phase.alpha, "autoencoder": phase.beta, "jigsaw": phase.delta}
+            weights = dict(zip(TERMS, (phase.alpha, phase.beta, phase.delta, phase.kl)))
             tested["loss"] = sum(weight * (tested[name] or 0) for name, weight in weights.items())
             tested["loss"] += s.gamma * trained["l2"]
             row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"]}
             row |= {f"train_{key}": value for key, value in trained.items()}
-            row |= {f"test_{key}": tested[key] for key in ("loss", *TERMS, "accuracy", "mse", "mae", "psnr")}
+            row |= {f"test_{key}": tested[key] for key in ("loss", *TERMS, "accuracy", "mse", "mae", "psnr",
+                                                           "net_error_per_image")}
             row |= {f"val_{key}": held and held[key] for key in ("accuracy", "mse")}
             row |= {"seconds": seconds, "images_per_second": len(dataset.train.labels) / seconds,
                     "test_seconds": time.perf_counter() - start - seconds}
@@ -261,8 +283,8 @@ def summarise(rows, tested, model, dataset):
                               "best_epoch": best["epoch"], "best_chosen_on": chosen_on(rows)}
         result["per_class_accuracy"] = per_class(tested["confusion"], dataset.classes)
     result["reconstruction"] = {key: tested[key] for key in
-                                ("mse", "mae", "psnr", "absolute_error_total",
-                                 "absolute_error_per_image")} if tested["mse"] is not None else None
+                                ("autoencoder", "mse", "mae", "psnr", "absolute_error_total",
+                                 "absolute_error_per_image", "net_error_total", "net_error_per_image")} if tested["mse"] is not None else None
     seconds = sorted(row["seconds"] for row in rows)[len(rows) // 2]
     return result | {"parameters": count, "megabytes": count * 4 / 1e6,
                      "seconds_per_epoch": seconds, "images_per_second": len(dataset.train.labels) / seconds}
@@ -392,16 +414,20 @@ def make_parser():
                       help="blur all images, train and test, by a Gaussian of SIGMA pixels (0)")
     sets.add_argument("--noise", type=number(float, 0, 10), metavar="STD", help="Gaussian noise on the network's "
                       "input, train and test, on pixels of 0-1; the clean image is what it shall rebuild (0)")
+    sets.add_argument("--rotate", type=number(float, 0, 180), metavar="DEGREES",
+                      help="turn training images by up to so much, either way (0; joint5, cnn6: 10)")
     sets.add_argument("--no-flip", dest="flip", **off,
                       help="no left-right flips in training (flips; never on mnist and svhn)")
 
     loss = parser.add_argument_group(
         "loss", "alpha * cross entropy + beta * reconstruction error + gamma * sum of squares / 2 + "
-        "delta * reconstruction error from jumbled tiles")
+        "delta * reconstruction error from jumbled tiles + kl * divergence of a variational code")
     loss.add_argument("--alpha", type=share, metavar="X", help="weight of the classifier loss (1)")
     loss.add_argument("--beta", type=share, metavar="X", help="weight of the autoencoder loss (1)")
     loss.add_argument("--gamma", type=share, metavar="X", help="weight of the L2 loss (0; v4: 0.001)")
     loss.add_argument("--delta", type=share, metavar="X", help="weight of the jigsaw loss (0)")
+    loss.add_argument("--kl", type=share, metavar="X", help="weight of the KL loss of vae, per value of an image; "
+                      "2 s^2 for pixels of standard deviation s (0; vae: 0.02)")
     loss.add_argument("--jigsaw-grid", type=number(int, 2, 32), metavar="N",
                       help="cut a picture into N x N tiles (4)")
     loss.add_argument("--class-weights", choices=["balanced"],
@@ -431,6 +457,8 @@ def make_parser():
     run.add_argument("--precision", choices=("auto", "bf16", "fp32"),
                      help="auto is bf16 where the device has it in hardware (auto)")
     run.add_argument("--output", metavar="DIR", help="where run folders go (outputs)")
+    run.add_argument("--sweep", choices=SWEEPS, help="train the members of a comparison in turn, then table and "
+                     "pictures: " + "; ".join(f"{name}: {' '.join(names)}" for name, names in SWEEPS.items()))
     run.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with its settings; "
                      "--epochs N lengthens it")
     return parser
@@ -445,13 +473,20 @@ def settle(args):
                      for key, usual in RECIPES[version].items()})
     if args.no_decoder:
         s.beta = 0.0
+    network = models.VERSIONS[version]
 
     def refuse(condition, flag, why):
         if condition:
             raise UsageError(f"--{flag}: {why}")
     for notation in (args.encoder, args.classifier):
-        if notation is not None and notation not in models.BACKBONES:
+        if notation is not None and notation not in {*models.BACKBONES, *models.OWN}:
             models.parse(notation)
+    refuse(s.alpha and not (s.classifier or network.classifier), f"alpha {s.alpha:g}",
+           f"{version} has no classifier; --classifier NOTATION gives it one")
+    refuse(s.classifier and not s.alpha, f"classifier {s.classifier}", "is not trained with alpha 0; add --alpha 1")
+    refuse(network.decoder is None and rebuilds(vars(s)), f"beta {s.beta:g} --delta {s.delta:g}",
+           f"{version} has no decoder")
+    refuse(s.kl and "N(" not in (s.encoder or network.encoder), f"kl {s.kl:g}", "needs an encoder that ends in N(n)")
     decoder = "there is no decoder with --no-decoder; leave one of the two out"
     refuse(s.no_decoder and args.beta, f"beta {args.beta or 0:g}", decoder)
     refuse(s.no_decoder and s.delta, f"delta {s.delta:g}", decoder)
@@ -573,10 +608,10 @@ def announce(s, dataset, model, folder):
         counts = zip(dataset.classes, data.counts(dataset.train, len(dataset.classes)))
         print(f"{s.variant} training images: {', '.join(f'{name} {count:,}' for name, count in counts)}")
     print(f"{s.epochs} epochs, batch {s.batch_size}, {s.optimizer} lr {s.lr:g}, alpha {s.alpha:g}, "
-          f"beta {s.beta:g}, gamma {s.gamma:g}, delta {s.delta:g}, seed {s.seed}")
+          f"beta {s.beta:g}, gamma {s.gamma:g}, delta {s.delta:g}{f', kl {s.kl:g}' * (s.kl > 0)}, seed {s.seed}")
     if s.separate:
-        half = s.epochs // 2
-        print(f"epochs 1 to {half}: the autoencoder alone; {half + 1} to {s.epochs}: the classifier on its "
+        first = phases(s)[0].end
+        print(f"epochs 1 to {first}: the autoencoder alone; {first + 1} to {s.epochs}: the classifier on its "
               f"{'frozen ' * s.freeze_encoder}encoder")
     print(f"on {s.device} in {s.precision}" + f", {mine()[1]} processes" * (mine()[1] > 1)
           + f", into {folder}\n", flush=True)

@@ -510,3 +510,41 @@ def test_processes_share_every_batch(processes):
             assert torch.equal(shares[rank][i][0], images[rank::processes])
             assert torch.equal(shares[rank][i][1], labels[rank::processes])
     assert [len(share[-1][1]) for share in shares] == [1] * processes  # of the last batch's one image
+
+
+def test_rotation_is_torchvisions_about_the_centre():
+    images = torch.randint(0, 256, (5, 3, 12, 17)).float()
+    angles = torch.tensor([0.0, 90, -30, 10, 180])
+    turned = data.rotate(images, angles)
+    assert torch.allclose(turned[0], images[0], atol=1e-3)
+    torch.testing.assert_close(turned[4], images[4].flip(1, 2), rtol=0, atol=0.1)
+    for image, angle, made in zip(images, angles.tolist(), turned):
+        expected = data.TF.rotate(image, angle, data.TF.InterpolationMode.BILINEAR)
+        assert (made - expected).abs().mean() < 1  # of 255; torchvision masks the border harder
+
+
+def test_training_rotates_within_the_degrees_and_evaluation_does_not():
+    """An upright bar; its angle is that of its moments."""
+    images = torch.zeros(200, 1, 33, 33, dtype=torch.uint8)
+    images[:, :, 4:29, 15:18] = 255
+    split = data._split(images, torch.zeros(200))
+    y, x = torch.meshgrid(torch.arange(33.) - 16, torch.arange(33.) - 16, indexing="ij")
+
+    def angles(**how):
+        (made, _), = data.batches(split, 200, scale="0..1", **how)
+        xx, yy, xy = ((made[:, 0] * m).sum((1, 2)) for m in (x * x, y * y, x * y))
+        return torch.rad2deg(0.5 * torch.atan2(2 * xy, yy - xx))
+    drawn = angles(epoch_seed=0, degrees=10)
+    assert 9 < drawn.abs().max() < 10.5 and drawn.abs().mean().item() == pytest.approx(5, abs=0.8)
+    assert (drawn > 1).any() and (drawn < -1).any()
+    assert angles().abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("scale, low, high", [("0..1", 0, 1), ("-1..1", -1, 1)])
+def test_the_other_scales(scale, low, high):
+    images = torch.tensor([0, 255, 51], dtype=torch.uint8).view(1, 1, 1, 3).expand(1, 3, 2, 3)
+    made = data.normalise(images, scale=scale)
+    assert made[0, 0, 0].tolist() == pytest.approx([low, high, low + (high - low) / 5])
+    torch.testing.assert_close(data.to_pixels(made, scale), images / 255)
+    noisy = data.add_noise(made.expand(4000, 3, 2, 3), 0.1, torch.Generator().manual_seed(0), scale)
+    assert (noisy - made).std().item() == pytest.approx(0.1 * (high - low), rel=0.02)

@@ -19,7 +19,7 @@ class Fixed(nn.Module):
 
     def __init__(self, logits, rebuilt):
         super().__init__()
-        self.classifier, self.decoder = logits, rebuilt
+        self.encoder, self.classifier, self.decoder = [None], logits, rebuilt
         self.num_classes, self.version = logits.shape[1], models.Version("", in_shape=rebuilt.shape[1:])
         self.seen = 0
 
@@ -46,6 +46,8 @@ def test_measures_by_hand():
         "psnr": sum(10 * math.log10(1 / e) for e in per_image) / 5,
         "absolute_error_total": error.abs().sum().item(),
         "absolute_error_per_image": error.abs().sum().item() / 5,
+        "net_error_total": sum(abs(e.sum().item()) for e in error),
+        "net_error_per_image": sum(abs(e.sum().item()) for e in error) / 5,
         "autoencoder": ((rebuilt - (pixels - mean) / std) ** 2).mean().item(),
         "classifier": -sum(row.log_softmax(0)[label].item() for row, label in zip(logits, labels)) / 5,
         "accuracy": 20 * sum(row.argmax().item() == label for row, label in zip(logits, labels.tolist()))}

@@ -353,7 +353,9 @@ def test_a_run_is_named_after_what_differs(flags, name):
 def test_every_recipe_fits_its_version():
     assert set(train.RECIPES) == set(models.VERSIONS)
     for name, recipe in train.RECIPES.items():
-        assert models.VERSIONS[name].in_shape[1] == (recipe["size"] or 32)
+        side = {"cifar10": 32, "mnist": 28, "fashionmnist": 28}[recipe["dataset"]]
+        assert models.VERSIONS[name].in_shape[1] == (recipe["size"] or side)
+        train.settle(train.make_parser().parse_args(["--version", name]))  # no contradiction in it
         assert models.VERSIONS[name].pretrained == bool(recipe["pretrained"])
     assert [name for name, recipe in train.RECIPES.items() if recipe["gamma"]] == ["v4", "v4-stride2"]
 
