@@ -470,14 +470,25 @@ def resample(split, wanted, seed):
     return _pick(split, torch.cat(rows).sort().values)
 
 
-def nearest(queries, references, k, chunk=1000):
-    """The k nearest references of each query, nearest first: indices (Q, k).
+def nearest(queries, references, k, chunk=500):
+    """The k nearest references of each query, nearest first, of equal ones the first: (Q, k) int64.
 
-    queries (Q, D), references (R, D), float32; Euclidean distance, chunk * R of them at a time.
+    queries (Q, D), references (R, D), of any type and one device. Euclidean distances by matrix
+    products in float32, chunk * R of them at a time; a few more than k of the nearest are then
+    measured again in float64 and put in order.
     """
-    squares = references.square().sum(1)
-    return torch.cat([(squares - 2 * part @ references.T).topk(k, largest=False).indices
-                      for part in queries.split(chunk)])
+    centre = references.float().mean(0).round()
+    references = references.float() - centre  # smaller numbers, smaller rounding errors
+    squares, few = references.square().sum(1), min(k + 8, len(references))
+    found = []
+    for part in queries.split(chunk):
+        part = part.float() - centre
+        near = torch.addmm(squares, part, references.T, alpha=-2).topk(few, largest=False).indices
+        near = near.sort(1).values
+        exact = torch.cat([(references[rows].double() - some[:, None].double()).square().sum(2)
+                           for some, rows in zip(part.split(50), near.split(50))])
+        found.append(near.gather(1, exact.sort(dim=1, stable=True).indices[:, :k]))
+    return torch.cat(found)
 
 
 def smote(split, seed, k=5):

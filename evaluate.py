@@ -16,6 +16,7 @@ import math
 import os
 import re
 import sys
+import time
 import warnings
 import zipfile
 from dataclasses import asdict
@@ -267,6 +268,62 @@ def measure(model, split, precision="fp32", classify=True, reconstruct=True, bat
     return result
 
 
+@torch.no_grad()
+def encode(model, split, settings, batch_size=100):
+    """The codes of a Split's images, flat: (N, values) float32, on its device."""
+    model.eval()
+    codes = []
+    for images, _ in data.batches(split, batch_size, **view(settings)):
+        with autocast(images.device, settings["precision"]):
+            codes.append(model.encoder(images).flatten(1).float())
+    return torch.cat(codes)
+
+
+def vote(labels, classes):
+    """The class that most of the neighbours have, of equal ones the nearest's: labels (Q, k),
+    nearest first -> (Q,)."""
+    votes = torch.zeros(len(labels), classes, device=labels.device)
+    votes.scatter_add_(1, labels, torch.ones_like(labels, dtype=votes.dtype))
+    leads = votes.gather(1, labels) == votes.amax(1, keepdim=True)
+    rank = torch.arange(labels.shape[1], 0, -1, device=labels.device)
+    return labels.gather(1, (leads * rank).argmax(1, keepdim=True)).squeeze(1)
+
+
+def knn(points, labels, queries, answers, ks, classes, seed):
+    """Accuracy of the k nearest neighbours, and its seconds: {"k", "accuracy", "seconds"}.
+
+    points (N, D) and queries (Q, D) with their labels (N,) and answers (Q,). Of several ks the best
+    on a tenth of the points, held out by the seed, is taken.
+    """
+    k = ks[0]
+    if len(ks) > 1:
+        rest, held = data.hold_out(data.Split(points, labels), 0.1, seed)
+        near = rest.labels[data.nearest(held.images, rest.images, max(ks))]
+        right = [(vote(near[:, :k], classes) == held.labels).sum().item() for k in ks]
+        k = ks[right.index(max(right))]
+    start = time.perf_counter()
+    near = labels[data.nearest(queries, points, k)]
+    right = (vote(near, classes) == answers).sum().item()
+    return {"k": k, "accuracy": 100 * right / len(answers), "seconds": time.perf_counter() - start}
+
+
+@torch.no_grad()
+def image_errors(model, split, settings, batch_size=100):
+    """The mean squared error of each image's reconstruction, on pixels of 0-1: (N,)."""
+    scale, errors = settings["scale"], []
+    for images, _ in data.batches(split, batch_size, **view(settings)):
+        error = rebuild(model, images, settings) - data.to_pixels(images, scale)
+        errors.append(error.square().flatten(1).mean(1))
+    return torch.cat(errors)
+
+
+def roc_auc(scores, others):
+    """The probability that one of `scores` is above one of `others` (both 1-d), ties counted half."""
+    others = others.sort().values
+    below = torch.searchsorted(others, scores) + torch.searchsorted(others, scores, right=True)
+    return below.double().mean().item() / (2 * len(others))
+
+
 def per_class(confusion, classes):
     """Accuracy in percent by class name, from counts [true][predicted]; None without images."""
     return {name: 100 * row[i] / sum(row) if sum(row) else None
@@ -288,9 +345,9 @@ def _file_name(text):
     return re.sub(r"[^A-Za-z0-9.-]+", "-", text).strip("-") or "_"
 
 
-def draw_sheet(rows, names, path, title):
+def draw_sheet(rows, names, path, title, beside=()):
     """Pictures in columns, a name above each; rows: tensors (N, C, H, W) of 0-1, one below the
-    other, in bands of ten columns."""
+    other, in bands of ten columns. beside: a name for each row of the first band."""
     columns = min(10, len(names))
     bands = math.ceil(len(names) / columns)
     height = 1.1 * len(rows) * bands + 0.5
@@ -303,6 +360,8 @@ def draw_sheet(rows, names, path, title):
         for row, pictures in enumerate(rows):
             shown = pictures[i].permute(1, 2, 0).expand(-1, -1, 3).cpu().numpy()
             axes[band + row, column].imshow(shown, interpolation="nearest")
+    for axis, name in zip(axes[:, 0], beside):
+        axis.text(-0.08, 0.5, name, transform=axis.transAxes, ha="right", va="center", fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=1 - 0.66 / height, wspace=0.06,
                            hspace=0.06 if bands == 1 else 0.25)  # room for the names
@@ -357,6 +416,54 @@ def draw_synthetic(dataset, folder):
     names = [name for label, name in enumerate(dataset.classes) if label in labels]
     rows = [torch.stack(row) for row in zip(*columns)]
     draw_sheet(rows, names, folder / "smote.png", f"{dataset.name}: synthetic training images")
+
+
+def draw_variational(model, dataset, settings, folder):
+    """prior.png: pictures decoded from draws of the prior; walk.png: between the codes of two test
+    images, in even steps."""
+    device = dataset.test.images.device
+    gaussian, generator = models.gaussian(model), torch.Generator().manual_seed(0)
+    units = gaussian.linear.out_features // 2
+
+    @torch.no_grad()
+    def decode(codes):
+        with autocast(device, settings["precision"]):
+            return data.to_pixels(model.eval().decoder(codes.to(device)), settings["scale"])
+    rows = [decode(torch.randn(10, units, generator=generator)) for _ in range(6)]
+    draw_sheet(rows, [""] * 10, folder / "prior.png", "pictures decoded from draws of the prior")
+    chosen = _drawn_rows(dataset.test, 12)
+    codes = encode(model, data.Split(*(tensor[chosen] for tensor in dataset.test)), settings).cpu()
+    steps = torch.linspace(0, 1, 10)[:, None]
+    rows = [decode(one.lerp(two, steps)) for one, two in codes.view(6, 2, units)]
+    draw_sheet(rows, [f"{step:.2f}" for step in steps.flatten().tolist()], folder / "walk.png",
+               f"{dataset.name}: from one test image's code to another's")
+
+
+def _drawn_rows(split, count):
+    """Rows of that many images of a Split, always the same."""
+    return torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(0))[:count]
+
+
+def draw_plane(codes, labels, classes, path, title):
+    """Codes (N, D) as points in the plane, by class: as they are where D is 2, else on their first
+    two principal components."""
+    x, axes = codes.double().cpu(), ("first value of the code", "second value of the code")
+    if x.shape[1] != 2:
+        x = x - x.mean(0)
+        values, vectors = torch.linalg.eigh(x @ x.T)  # of N x N: codes may be longer than many
+        total = values.clamp(min=0).sum().item() or 1.0
+        x = vectors[:, -2:].flip(1) * values[-2:].flip(0).clamp(min=0).sqrt()
+        axes = [f"{which} principal component ({100 * value / total:.0f} % of the variance)"
+                for which, value in zip(("first", "second"), values[-2:].flip(0).tolist())]
+    figure, axis = plt.subplots(figsize=(7, 6))
+    labels = labels.cpu()
+    for label, name in enumerate(classes[:20]):
+        own = x[labels == label]
+        axis.plot(own[:, 0], own[:, 1], "os^Dv<>p*hXP+x1234|_"[label], markersize=3, linestyle="", alpha=0.6,
+                  label=name, color=plt.cm.tab10.colors[label % 10])
+    axis.set(title=title, xlabel=axes[0], ylabel=axes[1])
+    axis.legend(fontsize=8, markerscale=2, bbox_to_anchor=(1.01, 1), loc="upper left")
+    save_figure(figure, path)
 
 
 def draw_confusion(confusion, classes, path, title):
@@ -474,6 +581,45 @@ def compare(folders, output):
     write_whole(output / "comparison.md", lambda part: part.write_text("\n".join(lines) + "\n"))
 
 
+def draw_sweep(folders, output, title):
+    """Prints a markdown table of runs of autoencoders; draws their errors against code size and depth
+    (sweep.png) and what each makes of the same test images (sheet.png), into `output`."""
+    lines = ["| version | code | layers | parameters | MB | s per epoch | MSE | PSNR |", "|---|---|---|---|---|---|---|---|"]
+    points, rows = [], []
+    for folder in folders:
+        (_, metrics), (model, content) = read_run(folder), load_checkpoint(folder / "last.pt")
+        settings, errors = content["settings"], metrics["reconstruction"]
+        depth = sum(bool(list(layer.parameters(recurse=False))) for layer in model.encoder.modules())
+        points.append((settings["version"], math.prod(model.code_shape), depth, errors["mse"]))
+        lines.append("| {} | {} | {} + {} | {:,} | {:.1f} | {:.1f} | {:.6f} | {:.2f} dB |".format(
+            *points[-1][:3], depth, metrics["parameters"], metrics["megabytes"], metrics["seconds_per_epoch"],
+            errors["mse"], errors["psnr"]))
+        if not rows:
+            dataset = load_data(settings | {"train_size": None, "val_share": 0, "variant": "complete"})
+            labels = dataset.test.labels.tolist()
+            chosen = [labels.index(label) for label in range(len(dataset.classes)) if label in labels][:10]
+            images = data.normalise(dataset.test.images[chosen], **view(settings))
+            names = [dataset.classes[labels[index]] for index in chosen]
+        rows.append(rebuild(model, images, settings))
+    print("\n".join(lines))
+    write_whole(output / "sweep.md", lambda part: part.write_text("\n".join(lines) + "\n"))
+    draw_sheet([*rows, data.to_pixels(images, settings["scale"])], names, output / "sheet.png",
+               f"{title} on {dataset.name}: test images, their originals below", [*(p[0] for p in points), "original"])
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.8), sharey=True)
+    for axis, value, label in ((axes[0], 1, "values of the code"), (axes[1], 2, "layers in the encoder")):
+        for name, *point in points:
+            axis.plot(point[value - 1], point[2], "ko", markersize=5)
+            axis.annotate(name, (point[value - 1], point[2]), xytext=(5, 5), textcoords="offset points", fontsize=8)
+        axis.set(xlabel=label)
+        axis.margins(0.2)
+        axis.grid(alpha=0.3)
+    axes[0].set(xscale="log", ylabel="MSE (pixels of 0-1)")
+    axes[1].xaxis.get_major_locator().set_params(integer=True)
+    figure.suptitle(f"{title} on {dataset.name}: reconstruction error of the test images")
+    figure.tight_layout()
+    save_figure(figure, output / "sweep.png")
+
+
 # ---------------------------------------------------------------- python evaluate.py
 
 def rebuilds(settings):
@@ -510,12 +656,15 @@ def classify_pictures(model, content, paths, device, folder):
     return results
 
 
-def report(model, content, settings, device, folder):
-    """Measures the checkpoint on the test images, draws, prints. Returns plain values."""
+def report(model, content, settings, device, folder, ks):
+    """Measures the checkpoint on the test images, draws, prints. ks: for kNN, or None. Returns plain
+    values."""
     dataset = load_data(settings)
     if len(dataset.classes) != len(content["classes"]):
         raise UsageError(f"--dataset {settings['dataset']}: has {len(dataset.classes)} classes, the "
                          f"checkpoint {len(content['classes'])}")
+    if ks and max(ks) > len(dataset.train.labels) * (1 if len(ks) == 1 else 0.9):
+        raise UsageError(f"--knn {max(ks)}: more than the training images ({len(dataset.train.labels):,})")
     channels, height, width = model.version.in_shape
     shape = dataset.test.images.shape[1:]
     if settings["size"] is None and shape[1:] != (height, width):
@@ -523,7 +672,8 @@ def report(model, content, settings, device, folder):
     if shape[0] != channels or (settings["size"] and height != width):
         raise UsageError(f"--dataset {settings['dataset']}: has images of {'x'.join(map(str, shape))}, "
                          f"the checkpoint takes {channels}x{height}x{width}")
-    dataset.test = data.Split(*(part.to(device) for part in dataset.test))
+    for part in ("train", "test"):
+        setattr(dataset, part, data.Split(*(tensor.to(device) for tensor in getattr(dataset, part))))
     result = measure(model, dataset.test, settings["precision"], settings["alpha"] > 0, rebuilds(settings),
                      noise=noise_in_tests(settings), **view(settings))
     folder.mkdir(parents=True, exist_ok=True)
@@ -548,7 +698,72 @@ def report(model, content, settings, device, folder):
         draw_reconstructions(model, dataset, settings, folder)
     elif model.decoder is not None:
         print("reconstruction: none, the decoder was not trained (beta 0)")
+    if models.gaussian(model) and rebuilds(settings):
+        draw_variational(model, dataset, settings, folder)
+    some = _drawn_rows(dataset.test, 2000)
+    some = data.Split(*(tensor[some] for tensor in dataset.test))
+    draw_plane(encode(model, some, settings), some.labels, dataset.classes, folder / "codes.png",
+               f"{settings['version']} on {dataset.name}: codes of {len(some.labels):,} test images")
+    if ks:
+        result["knn"] = report_knn(model, dataset, settings, ks)
     return result
+
+
+def report_knn(model, dataset, settings, ks):
+    """kNN on the codes and on the raw pixels of the training images, printed side by side."""
+    results = {}
+    for name in ("codes", "pixels"):
+        start = time.perf_counter()
+        points, queries = ([encode(model, split, settings) for split in (dataset.train, dataset.test)]
+                           if name == "codes" else
+                           [split.images.flatten(1) for split in (dataset.train, dataset.test)])
+        encoding = time.perf_counter() - start
+        found = knn(points, dataset.train.labels, queries, dataset.test.labels, ks, len(dataset.classes),
+                    settings["seed"])
+        results[name] = found | {"values": points.shape[1], "seconds_to_encode": encoding}
+        print(f"kNN on {name:<7}{points.shape[1]:>6} values, k {found['k']:<4}{found['accuracy']:>8.2f} %"
+              f"{found['seconds']:>9.2f} s" + f" (and {encoding:.1f} s to encode)" * (name == "codes"))
+    return results
+
+
+def report_anomaly(model, content, settings, device, name, folder):
+    """How well the reconstruction error tells a class that the training left out: ROC AUC, with
+    anomaly.png. Returns plain values."""
+    if not rebuilds(settings):
+        raise UsageError(f"--anomaly {name}: the checkpoint's decoder was not trained (beta 0)")
+    if name in content["classes"]:
+        raise UsageError(f"--anomaly {name}: the checkpoint was trained with that class; train one without it: "
+                         f"--classes {','.join(each for each in content['classes'] if each != name)}")
+    dataset = load_data(settings | {"classes": [*content["classes"], name]})
+    split = data.Split(*(tensor.to(device) for tensor in dataset.test))
+    errors, odd = image_errors(model, split, settings), split.labels == dataset.classes.index(name)
+    auc = roc_auc(errors[odd], errors[~odd])
+    folder.mkdir(parents=True, exist_ok=True)
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 4))
+    bins = torch.linspace(0, errors.quantile(0.99).item(), 40).numpy()
+    for own, label, style in ((~odd, "the trained classes", "-"), (odd, name, "--")):
+        axes[0].hist(errors[own].cpu().numpy(), bins, density=True, histtype="step", label=label, linestyle=style)
+    axes[0].set(title="reconstruction error", xlabel="MSE of an image (pixels of 0-1)", ylabel="density")
+    axes[0].legend()
+    order = odd[errors.argsort(descending=True)].cpu().double()
+    axes[1].plot(((1 - order).cumsum(0) / (1 - order).sum()).numpy(), (order.cumsum(0) / order.sum()).numpy())
+    axes[1].plot([0, 1], [0, 1], ":", color="0.5")
+    axes[1].set(title=f"ROC, AUC {auc:.3f}", xlabel="share of the others above the threshold",
+                ylabel=f"share of {name} above it")
+    figure.suptitle(f"{settings['version']} on {dataset.name}, trained without {name}")
+    figure.tight_layout()
+    save_figure(figure, folder / "anomaly.png")
+    result = {"class": name, "auc": auc, "mse": errors[odd].mean().item(), "mse_others": errors[~odd].mean().item()}
+    print(f"{settings['version']} on {dataset.name}: mean squared error of {name} {result['mse']:.6f}, of the trained "
+          f"classes {result['mse_others']:.6f}\nROC AUC {auc:.4f}")
+    return result
+
+
+def numbers(text):
+    """An argparse type: "1,3,5" as a list of whole numbers of at least 1."""
+    if not re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers of at least 1, such as 5 or 1,3,5")
+    return [int(each) for each in text.split(",")]
 
 
 def main(argv):
@@ -559,6 +774,10 @@ def main(argv):
                         "folders in one picture, with a table of their results")
     parser.add_argument("--images", nargs="+", metavar="PICTURE",
                         help="classify and rebuild these pictures, instead of the test images")
+    parser.add_argument("--knn", type=numbers, metavar="K[,K...]", help="also classify by the k nearest training "
+                        "images, on codes and on raw pixels; of several k the best on held-out training images")
+    parser.add_argument("--anomaly", metavar="CLASS", help="how well the reconstruction error tells this class, which "
+                        "the training left out, from the others")
     parser.add_argument("--dataset", help="another data set than the checkpoint's")
     parser.add_argument("--data-dir", help="where named sets lie (default: where training found them)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
@@ -592,13 +811,17 @@ def evaluate(args, folder):
         settings |= {"dataset": args.dataset, "classes": None, "test_size": None}
     if args.data_dir or not Path(settings["data_dir"]).is_dir():
         settings["data_dir"] = args.data_dir or "data"
-    settings |= {"train_size": None, "val_share": 0, "variant": "complete"}  # only the test images matter
+    if not args.knn:  # only the test images matter
+        settings |= {"train_size": None, "val_share": 0, "variant": "complete"}
     model = model.to(device).eval()
     if args.images:
         folder /= "images"
         result = classify_pictures(model, content, args.images, device, folder)
+    elif args.anomaly:
+        folder /= f"anomaly-{_file_name(args.anomaly)}"
+        result = report_anomaly(model, content, settings, device, args.anomaly, folder)
     else:
-        result = report(model, content, settings, device, folder)
+        result = report(model, content, settings, device, folder, args.knn)
     write_json(folder / "report.json", result)
     return folder
 

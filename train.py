@@ -31,9 +31,9 @@ import torch.distributed as dist
 import data
 import models
 from evaluate import (USER_ERRORS, Stopped, UsageError, autocast, best_row, chosen_on, draw_curves,
-                      draw_reconstructions, draw_synthetic, keep_freed_memory, load_checkpoint, load_data,
-                      measure, mine, per_class, pick_device, pick_precision, rebuilds, save_checkpoint, stop,
-                      noise_in_tests, view, write_json, write_whole)
+                      draw_reconstructions, draw_sweep, draw_synthetic, draw_variational, keep_freed_memory,
+                      load_checkpoint, load_data, measure, mine, noise_in_tests, per_class, pick_device,
+                      pick_precision, rebuilds, save_checkpoint, stop, view, write_json, write_whole)
 from losses import balanced_weights, jumble, l2_reg_loss, weighted_loss
 
 # Every setting, as the CIFAR study has it, in the order in which they name a run's folder. size
@@ -617,9 +617,46 @@ def announce(s, dataset, model, folder):
           + f", into {folder}\n", flush=True)
 
 
+def sweep(args, argv):
+    """Trains the members of a comparison in turn, each in a folder below one for all of them, then
+    compares them. The same command again goes on where it stopped."""
+    refused = [flag for flag in ("version", "encoder", "classifier", "resume") if getattr(args, flag)]
+    if refused:
+        stop("train.py", f"--{refused[0]}: cannot be combined with --sweep, which names its own versions")
+    rest = [each for each in argv if not each.startswith("--sweep=")]
+    if "--sweep" in rest:
+        place = rest.index("--sweep")
+        del rest[place:place + 2]
+    first = settle(make_parser().parse_args([*rest, "--version", SWEEPS[args.sweep][0]]))
+    first.dataset = first.dataset or "cifar10"
+    name = run_name(first, RECIPES[first.version]).removeprefix(first.version)
+    output = Path(args.output or "outputs", f"sweep-{args.sweep}{name}")
+
+    def folder_of(version):
+        configs = {path: json.loads(path.read_text()) for path in output.glob("*/config.json")}
+        return next((path.parent for path, config in configs.items() if config["version"] == version), None)
+    for version in SWEEPS[args.sweep]:
+        folder = folder_of(version)
+        if folder and (folder / "metrics.json").exists():
+            print(f"{version}: done, in {folder}")
+            continue
+        print(f"---------------- {version}", flush=True)
+        status = main(["--resume", str(folder)] if folder else
+                      [*rest, "--version", version, "--output", str(output)])
+        if status:
+            print(f"train.py: the same command goes on with {version}", file=sys.stderr)
+            return status
+    print()
+    draw_sweep([folder_of(version) for version in SWEEPS[args.sweep]], output, f"sweep of {args.sweep}")
+    print(f"saved in {output}: sheet.png sweep.md sweep.png")
+    return 0
+
+
 def main(argv):
     args = make_parser().parse_args(argv)
     try:
+        if args.sweep:
+            return sweep(args, argv)
         if args.resume:
             s, folder, state = reopen(args)
             dataset, model = prepare(s, state and state[0])
@@ -691,6 +728,8 @@ def finish(rows, tested, model, dataset, s, folder):
         draw_reconstructions(model, dataset, vars(s), folder, note)
     if dataset.synthetic:
         draw_synthetic(dataset, folder)
+    if models.gaussian(model) and rebuilds(vars(s)):
+        draw_variational(model, dataset, vars(s), folder)
     write_json(folder / "metrics.json", metrics)  # last: its presence says that the run is whole
     if s.alpha:
         accuracy = metrics["accuracy"]

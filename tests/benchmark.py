@@ -48,6 +48,8 @@ def plain_network(version, in_shape, num_classes):
                 layers[i:i + 2] = [layers[i + 1], layer]
             elif isinstance(layer, models.ConvTranspose2d):
                 layer.__class__ = nn.ConvTranspose2d
+            elif isinstance(layer, models.Conv2d):
+                layer.__class__ = nn.Conv2d
             elif isinstance(layer, models.Dropout):
                 layer.__class__ = nn.Dropout
         part._modules = {str(i): layer for i, layer in enumerate(layers)}

@@ -140,6 +140,91 @@ def test_runs_are_compared_in_a_table_and_a_picture(trained, tmp_path, capsys):
     assert "none: not the folder of a run" in capsys.readouterr().err
 
 
+# ---------------------------------------------------------------- neighbours, anomalies, codes
+
+@pytest.mark.parametrize("kind", ["codes", "pixels"])
+def test_knn_is_a_brute_force_search_in_float64(kind):
+    torch.manual_seed(0)
+    points, queries = ((torch.randn(400, 10), torch.randn(90, 10)) if kind == "codes" else
+                       (torch.randint(0, 4, (400, 6), dtype=torch.uint8), torch.randint(0, 4, (90, 6), dtype=torch.uint8)))
+    labels, answers = torch.randint(0, 5, (400,)), torch.randint(0, 5, (90,))
+    for k in (1, 4, 7):
+        right = 0
+        for query, answer in zip(queries.double().tolist(), answers.tolist()):
+            distances = [sum((a - b) ** 2 for a, b in zip(query, point)) for point in points.double().tolist()]
+            near = [labels[i].item() for i in sorted(range(400), key=lambda i: (distances[i], i))[:k]]
+            most = max(map(near.count, near))
+            right += next(label for label in near if near.count(label) == most) == answer
+        found = evaluate.knn(points, labels, queries, answers, [k], 5, seed=0)
+        assert found["accuracy"] == pytest.approx(100 * right / 90) and found["k"] == k
+
+
+def test_the_best_k_is_chosen_on_held_out_training_images():
+    """One class in a tight cluster among scattered ones of another: 1 is the wrong k, 15 the right."""
+    torch.manual_seed(0)
+    labels = torch.arange(400) % 2
+    points = torch.randn(400, 2) * 0.1 + labels[:, None]
+    flipped = torch.rand(400) < 0.25  # a quarter of the labels is wrong: one neighbour is not enough
+    noisy = torch.where(flipped, 1 - labels, labels)
+    found = evaluate.knn(points, noisy, points[:50] + 0.01, labels[:50], [1, 15], 2, seed=0)
+    assert found["k"] == 15 and found["accuracy"] == 100
+    assert evaluate.knn(points, noisy, points[:50] + 0.01, labels[:50], [1], 2, seed=0)["accuracy"] < 90
+
+
+def test_roc_auc_counts_the_pairs():
+    torch.manual_seed(0)
+    scores, others = torch.randint(0, 9, (30,)).double(), torch.randint(0, 7, (40,)).double()
+    pairs = [(a > b) + 0.5 * (a == b) for a in scores.tolist() for b in others.tolist()]
+    assert evaluate.roc_auc(scores, others) == pytest.approx(sum(pairs) / len(pairs))
+
+
+def test_knn_and_codes_of_a_checkpoint(trained, tmp_path, capsys):
+    npz, folder = trained
+    out = tmp_path / "out"
+    assert evaluate.main(["--ckpt", str(folder / "last.pt"), "--knn", "1,3", "--output", str(out), "--device",
+                          "cpu"]) == 0
+    found = json.loads((out / "report.json").read_text())["knn"]
+    assert found["codes"]["values"] == 64 * 2 * 2 and found["pixels"]["values"] == 3072
+    printed = capsys.readouterr().out
+    for name in ("codes", "pixels"):
+        assert f"kNN on {name}" in printed and f"{found[name]['accuracy']:.2f} %" in printed
+    assert min(Image.open(out / "codes.png").size) > 400
+
+
+def test_a_plane_of_longer_codes_has_their_principal_components(tmp_path, monkeypatch):
+    """Points on an ellipse in a plane of ten dimensions: the drawn ones keep its axes."""
+    torch.manual_seed(0)
+    angle = torch.rand(300) * 2 * math.pi
+    plane = torch.stack([5 * angle.cos(), 2 * angle.sin()], 1)
+    basis = torch.linalg.qr(torch.randn(10, 10)).Q[:2]
+    seen = []
+    monkeypatch.setattr(evaluate, "save_figure", lambda figure, path: seen.append(figure))
+    evaluate.draw_plane(plane @ basis + 3, torch.zeros(300), ["one"], tmp_path / "a.png", "")
+    drawn = torch.tensor(np.array([line.get_data() for line in seen[0].axes[0].lines][0])).T
+    expected, found = (torch.cdist(points.double(), points.double()) for points in (plane, drawn))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert "(8" in seen[0].axes[0].get_xlabel()  # 25 of 29 parts of the variance, 86 %, or near it
+
+
+def test_an_anomaly_is_a_class_that_was_left_out(tiny, tmp_path, capsys):
+    names = ",".join(data.SHAPES[:-1])
+    assert train.main(["--version", "cnn10", "--dataset", tiny, "--classes", names, "--epochs", "1", "--output",
+                       str(tmp_path), "--device", "cpu"]) == 0
+    folder, = tmp_path.glob("cnn10*")
+    ckpt = str(folder / "best.pt")
+    assert evaluate.main(["--ckpt", ckpt, "--anomaly", "bars", "--device", "cpu"]) == 0
+    result = json.loads((folder / "evaluation-best/anomaly-bars/report.json").read_text())
+    model, content = evaluate.load_checkpoint(ckpt)
+    whole = data.load(tiny).test
+    errors = evaluate.image_errors(model.eval(), whole, content["settings"])
+    assert result["mse"] == pytest.approx(errors[whole.labels == 9].mean().item(), rel=1e-3)
+    assert result["auc"] == pytest.approx(evaluate.roc_auc(errors[whole.labels == 9], errors[whole.labels != 9]))
+    assert min(Image.open(folder / "evaluation-best/anomaly-bars/anomaly.png").size) > 400
+    with pytest.raises(SystemExit):
+        evaluate.main(["--ckpt", ckpt, "--anomaly", "ring"])
+    assert "trained with that class" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- files
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):

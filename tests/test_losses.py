@@ -112,3 +112,19 @@ def test_balanced_weights_make_every_class_count_the_same():
     each = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     means = torch.stack([each[:6].mean(), each[6:8].mean(), each[8:].mean()])
     torch.testing.assert_close(losses.classifier_loss(logits, labels, weights), means.sum() / 4)
+
+
+# ---------------------------------------------------------------- the variational term
+
+def test_the_kl_term_is_the_expected_log_ratio_of_the_densities():
+    """Its closed form against the mean of log q(z) - log p(z) over a million draws of q."""
+    torch.manual_seed(0)
+    mean, log_variance = torch.tensor([[0.5, -1.0, 0.0]]), torch.tensor([[0.3, -1.0, 0.0]])
+    q, p = torch.distributions.Normal(mean, (log_variance / 2).exp()), torch.distributions.Normal(0.0, 1.0)
+    z = q.sample((1_000_000,))
+    expected = (q.log_prob(z) - p.log_prob(z)).sum(-1).mean().item()
+    assert losses.kl_loss(mean, log_variance, 7).item() == pytest.approx(expected / 7, rel=0.01)
+    assert losses.kl_loss(torch.zeros(4, 5), torch.zeros(4, 5), 7).item() == 0
+    total, terms = losses.weighted_loss(0, 0, kl=2.0, images=torch.zeros(1, 1, 1, 7), mean=mean,
+                                        log_variance=log_variance)
+    assert list(terms) == ["kl"] and total.item() == pytest.approx(2 * terms["kl"].item())

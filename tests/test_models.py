@@ -308,6 +308,92 @@ def test_the_modified_resnet():
     assert models.parameter_count(model.classifier) == conv(256, 256) + linear(2048 + 256, 10)
 
 
+# ---------------------------------------------------------------- the other studies' networks
+
+def layer_kinds(part):
+    return [type(layer).__name__ for layer in part.modules() if list(layer.parameters(recurse=False))]
+
+
+@pytest.mark.parametrize("version, code, layers, kinds", [
+    ("mlp", 32, 3, ["Linear"] * 3), ("combo", 32, 3, ["Conv2d", "Conv2d", "Linear"]),
+    ("cnn", 32, 3, ["Conv2d"] * 3), ("cnn10", 10, 3, ["Conv2d"] * 3), ("cnn32", 32, 3, ["Conv2d"] * 3),
+    ("cnn100", 100, 3, ["Conv2d"] * 3), ("cnn1000", 1000, 3, ["Conv2d"] * 3), ("cnnL1", 32, 1, ["Conv2d"]),
+    ("cnnL3", 32, 3, ["Conv2d"] * 3), ("cnnL5", 32, 5, ["Conv2d"] * 5), ("cnnL10", 32, 10, ["Conv2d"] * 10)])
+def test_kinds_code_sizes_and_depths(version, code, layers, kinds):
+    model = build(version)
+    assert model.encoder(torch.randn(2, 3, 32, 32)).flatten(1).shape == (2, code)
+    assert layer_kinds(model.encoder) == kinds and len(layer_kinds(model.decoder)) == layers
+    mirrored = ["ConvTranspose2d" if kind == "Conv2d" else kind for kind in reversed(kinds)]
+    assert layer_kinds(model.decoder) == mirrored and model.classifier is None
+
+
+def test_the_joint_model_of_five_classes():
+    torch.manual_seed(0)
+    model = build("joint5", num_classes=5)
+    logits, rebuilt = model(torch.randn(2, 3, 32, 32))
+    assert model.code_shape == (48, 4, 4) and logits.shape == (2, 256) and rebuilt.shape == (2, 3, 32, 32)
+    assert rebuilt.abs().max() <= 1 and isinstance(model.decoder[-1], nn.Tanh)
+    assert not isinstance(model.decoder[-2], nn.ReLU)
+    assert models.parameter_count(model.classifier) == linear(48, 256)  # one 48-vector per image
+    assert models.parameter_count(model.decoder) == conv(48, 24) + conv(24, 12) + conv(12, 3)
+    weight = model.encoder[6].weight  # He: variance 2 / fan in
+    assert weight.var().item() == pytest.approx(2 / (24 * 9), rel=0.1) and not model.encoder[6].bias.any()
+
+
+def test_the_mnist_networks_shapes():
+    model = build("mnist")
+    shapes, x = [], torch.randn(2, 1, 28, 28)
+    for part in (model.encoder, model.decoder):
+        for layer in part:
+            x = layer(x)
+            if isinstance(layer, (nn.Conv2d, nn.MaxPool2d, nn.ConvTranspose2d)):
+                shapes.append(tuple(x.shape[1:]))
+    assert shapes == [(8, 29, 29), (8, 14, 14), (16, 8, 8), (16, 4, 4), (3, 4, 4), (16, 6, 6), (8, 13, 13),
+                      (1, 28, 28)]
+    assert models.parameter_count(model.classifier) == linear(48, 120) + linear(120, 10)
+    with pytest.raises(NotationError, match="mnist: images of 3x32x32; expected 1x28x28"):
+        build("mnist", (3, 32, 32))
+
+
+def test_the_fashion_networks():
+    mlp, cnn = build("fashion-mlp"), build("fashion-cnn")
+    assert models.parameter_count(mlp) == linear(784, 128) + linear(128, 2) + linear(2, 128) + linear(128, 784)
+    assert models.parameter_count(cnn) == conv(1, 16) + conv(16, 32) + conv(32, 16, 2) + conv(16, 1, 2)
+    for model in (mlp, cnn):
+        rebuilt = model(torch.randn(2, 1, 28, 28))[1]
+        assert isinstance(model.decoder[-1], nn.Sigmoid) and 0 <= rebuilt.min() and rebuilt.max() <= 1
+
+
+def test_a_variational_code_is_drawn_in_training_and_the_mean_otherwise():
+    torch.manual_seed(0)
+    model = build("vae")
+    gaussian, x = models.gaussian(model), torch.randn(1, 1, 28, 28)
+    drawn = model.encoder(x.expand(4000, 1, 28, 28))
+    mean, std = gaussian.mean[0], (gaussian.log_variance[0] / 2).exp()
+    assert ((drawn.mean(0) - mean).abs() < 5 * std / 4000 ** 0.5).all()
+    torch.testing.assert_close(drawn.std(0), std, rtol=0.06, atol=0)
+    torch.testing.assert_close(model.eval().encoder(x), mean[None], rtol=1e-4, atol=1e-5)
+    assert models.gaussian(build("v4")) is None
+
+
+@pytest.mark.parametrize("channels, out, h, w", [(5, 7, 4, 4), (3, 32, 7, 9), (8, 2, 1, 1)])
+def test_a_conv_of_the_whole_map_and_its_mirror_are_the_librarys(channels, out, h, w):
+    torch.manual_seed(0)
+    pairs = [(models.Conv2d(channels, out, (h, w)), nn.Conv2d(channels, out, (h, w)), (3, channels, h, w)),
+             (models.ConvTranspose2d(out, channels, (h, w)), nn.ConvTranspose2d(out, channels, (h, w)),
+              (3, out, 1, 1))]
+    for ours, plain, shape in pairs:
+        plain.load_state_dict(ours.state_dict())
+        x = torch.randn(shape)
+        a, b = ours(x), plain(x)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        target = torch.randn(b.shape)
+        for made, layer in ((a, ours), (b, plain)):
+            (made * target).sum().backward()
+        torch.testing.assert_close(ours.weight.grad, plain.weight.grad, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours.bias.grad, plain.bias.grad, rtol=1e-4, atol=1e-4)
+
+
 def test_multiply_adds_by_hand():
     rows = models.trace(build(Version("C(4)", "L'(10)"), (3, 8, 8)))
     adds = {(part, layer): n for part, layer, _, _, n in rows}

@@ -14,6 +14,7 @@ from PIL import Image
 
 import data
 import models
+import evaluate
 import train
 from evaluate import best_row, chosen_on, measure
 from losses import weighted_loss
@@ -279,6 +280,65 @@ def test_a_run_with_everything_leaves_its_pictures_and_repeats_itself(tiny, tmp_
     assert metrics["accuracy"]["best_chosen_on"] == "val"
     assert set(metrics["per_class_accuracy"]) == set(data.SHAPES)
     assert "best (on val)" in capsys.readouterr().out
+
+
+def test_a_sweep_goes_on_where_it_stopped(tiny, tmp_path, capsys, monkeypatch):
+    command = ["--sweep", "latent", "--dataset", tiny, "--epochs", "2", "--train-size", "20", "--device", "cpu",
+               "--output", str(tmp_path)]
+    epochs, train_epoch, trained = iter(range(99)), train.train_epoch, []
+
+    def counted(model, *args):
+        if next(epochs) == 3:  # the second member's second epoch
+            raise KeyboardInterrupt
+        trained.append(model.code_shape[0])
+        return train_epoch(model, *args)
+    monkeypatch.setattr(train, "train_epoch", counted)
+    assert train.main(command) == 130
+    assert "the same command goes on with cnn32" in capsys.readouterr().err
+    assert train.main(command) == 0
+    assert trained == [10, 10, 32, 32, 100, 100, 1000, 1000]
+    folder, = tmp_path.iterdir()
+    assert folder.name == "sweep-latent_dataset-tiny_train-size20_epochs2"
+    lines = (folder / "sweep.md").read_text().splitlines()
+    for line, code in zip(lines[2:], (10, 32, 100, 1000)):
+        run_folder, = folder.glob(f"cnn{code}_*")
+        metrics = json.loads((run_folder / "metrics.json").read_text())
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[:4] == [f"cnn{code}", str(code), "3 + 3", f"{metrics['parameters']:,}"]
+        assert cells[6] == f"{metrics['reconstruction']['mse']:.6f}"
+    for picture in ("sheet.png", "sweep.png"):
+        assert min(Image.open(folder / picture).size) > 300
+    assert train.main(command) == 0 and len(trained) == 8  # nothing is trained twice
+
+
+def test_a_variational_run_trains_both_its_terms(tiny, tmp_path):
+    folder = run(tiny, tmp_path, "--version", "vae", "--kl", "0.5")
+    with open(folder / "log.csv") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        for part in ("train", "test"):
+            loss = float(row[f"{part}_autoencoder"]) + 0.5 * float(row[f"{part}_kl"])
+            assert float(row[f"{part}_loss"]) == pytest.approx(loss)
+    assert float(rows[1]["train_kl"]) > 0
+    assert {"prior.png", "walk.png"} <= {each.name for each in folder.iterdir()}
+
+
+def test_the_joint_model_reports_a_true_accuracy(tiny, tmp_path):
+    """Its scores of no class are wrong answers; noise is in training alone."""
+    folder = run(tiny, tmp_path, "--version", "joint5", "--classes", "ring,star,heart,bars,arrow")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["network"]["scores"] == 256 and config["clean_test"] and config["noise"] == 0.05
+    model, content = evaluate.load_checkpoint(folder / "last.pt")
+    dataset = evaluate.load_data(content["settings"])
+    with torch.no_grad(), evaluate.autocast(torch.device("cpu"), content["settings"]["precision"]):
+        logits, rebuilt = model.eval()(data.normalise(dataset.test.images, scale="-1..1"))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert logits.shape == (15, 256)
+    assert metrics["accuracy"]["last"] == pytest.approx(
+        100 * (logits.argmax(1) == dataset.test.labels).float().mean().item())
+    error = rebuilt.float() - data.normalise(dataset.test.images, scale="-1..1")
+    assert metrics["reconstruction"]["autoencoder"] == pytest.approx(error.square().mean().item(), rel=1e-2)
+    assert 2 * metrics["reconstruction"]["mae"] == pytest.approx(error.abs().mean().item(), rel=1e-2)
 
 
 def test_the_best_epoch_is_chosen_on_held_out_images_where_there_are_any():
