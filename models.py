@@ -101,10 +101,12 @@ VERSIONS |= {
     "cnnL3": Version("C(16)>C(32)>G(32)"), "cnnL5": Version("C'(16)>C(16)>C'(32)>C(32)>G(32)"),
     "cnnL10": Version("C'(16)>C'(16)>C(16)>C'(32)>C'(32)>C(32)>C'(64)>C'(64)>C(64)>G(32)"),
 }
-# The two studies of grey images, and a variational autoencoder (Kingma and Welling 2014).
+# The two studies of grey images, and a variational autoencoder (Kingma and Welling 2014). The MNIST
+# study's decoder ends in a ReLU, which the library's own initialisation leaves dead for good in
+# five of eight seeds; He's does not.
 GREY = (1, 28, 28)
 VERSIONS |= {
-    "mnist": Version("mnist", "L(120)>L'(10)", "mnist", GREY),
+    "mnist": Version("mnist", "L(120)>L'(10)", "mnist", GREY, he=True),
     "fashion-mlp": Version("L(128)>L'(2)", in_shape=GREY, output="sigmoid"),
     "fashion-cnn": Version("C(16)>C(32)", in_shape=GREY, output="sigmoid"),
     "vae": Version("C(32)>C(64)>L(256)>N(32)", in_shape=GREY, output="sigmoid"),

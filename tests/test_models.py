@@ -351,6 +351,9 @@ def test_the_mnist_networks_shapes():
     assert shapes == [(8, 29, 29), (8, 14, 14), (16, 8, 8), (16, 4, 4), (3, 4, 4), (16, 6, 6), (8, 13, 13),
                       (1, 28, 28)]
     assert models.parameter_count(model.classifier) == linear(48, 120) + linear(120, 10)
+    for seed in range(8):  # its last ReLU would be dead from the start in most of them without He's
+        torch.manual_seed(seed)
+        assert (build("mnist")(torch.rand(20, 1, 28, 28))[1] > 0).float().mean() > 0.05
     with pytest.raises(NotationError, match="mnist: images of 3x32x32; expected 1x28x28"):
         build("mnist", (3, 32, 32))
 
