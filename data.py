@@ -604,7 +604,8 @@ def normalise(images, size=None, margin=False, offsets=None, scale="imagenet"):
             images = TF.center_crop(images, [size, size])
         else:
             room = torch.tensor(images.shape[2:], device=images.device) - size + 1
-            first = (offsets * room).long()[:, :, None] + torch.arange(size, device=images.device)  # B, 2, size
+            # (B, 2, size): the rows and the columns of each crop
+            first = (offsets * room).long()[:, :, None] + torch.arange(size, device=images.device)
             picture = torch.arange(len(images), device=images.device)[:, None, None]
             pixels = images.permute(0, 2, 3, 1)[picture, first[:, 0, :, None], first[:, 1, None, :]]
             images = pixels.permute(0, 3, 1, 2)
@@ -643,8 +644,8 @@ def batches(split, batch_size, epoch_seed=None, flip=False, size=None, margin=Fa
     epoch_seed: an int shuffles, always in the same order for the same seed; None keeps the
     set's order. flip: turn each image left to right with probability 1/2; degrees: rotate it by
     up to so many, either way; margin: crop it anywhere, with epoch_seed None in the centre (all
-    drawn from the same seed). The last batch may be smaller. part: (rank, processes): every batch's share of that process; one image, for
-    company, where the batch has none for it.
+    drawn from the same seed). The last batch may be smaller. part: (rank, processes): every
+    batch's share of that process; one image, for company, where the batch has none for it.
     """
     n, device, (rank, processes) = len(split.labels), split.images.device, part
     generator = torch.Generator().manual_seed(0 if epoch_seed is None else epoch_seed)

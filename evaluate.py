@@ -560,7 +560,8 @@ def compare(folders, output):
         def text(value, digits=2, unit=""):
             return "–" if value is None else f"{value:.{digits}f}{unit}"
         chosen = f" (on {chosen_on(rows)}, epoch {best['epoch']:.0f})" if best["test_accuracy"] else ""
-        lines.append(f"| {name} | {len(rows)} | {text(last['test_accuracy'])} | {text(best['test_accuracy'])}{chosen} "
+        lines.append(f"| {name} | {len(rows)} | {text(last['test_accuracy'])} "
+                     f"| {text(best['test_accuracy'])}{chosen} "
                      f"| {text(last['train_classifier'], 4)} | {text(last['test_classifier'], 4)} "
                      f"| {text(last['test_psnr'], 1, ' dB')} | {metrics['parameters']:,} "
                      f"| {metrics['seconds_per_epoch']:.1f} |")
@@ -584,7 +585,8 @@ def compare(folders, output):
 def draw_sweep(folders, output, title):
     """Prints a markdown table of runs of autoencoders; draws their errors against code size and depth
     (sweep.png) and what each makes of the same test images (sheet.png), into `output`."""
-    lines = ["| version | code | layers | parameters | MB | s per epoch | MSE | PSNR |", "|---|---|---|---|---|---|---|---|"]
+    lines = ["| version | code | layers | parameters | MB | s per epoch | MSE | PSNR |",
+             "|---|---|---|---|---|---|---|---|"]
     points, rows = [], []
     for folder in folders:
         (_, metrics), (model, content) = read_run(folder), load_checkpoint(folder / "last.pt")
@@ -604,12 +606,14 @@ def draw_sweep(folders, output, title):
     print("\n".join(lines))
     write_whole(output / "sweep.md", lambda part: part.write_text("\n".join(lines) + "\n"))
     draw_sheet([*rows, data.to_pixels(images, settings["scale"])], names, output / "sheet.png",
-               f"{title} on {dataset.name}: test images, their originals below", [*(p[0] for p in points), "original"])
+               f"{title} on {dataset.name}: test images, their originals below",
+               [*(point[0] for point in points), "original"])
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.8), sharey=True)
     for axis, value, label in ((axes[0], 1, "values of the code"), (axes[1], 2, "layers in the encoder")):
         for name, *point in points:
             axis.plot(point[value - 1], point[2], "ko", markersize=5)
-            axis.annotate(name, (point[value - 1], point[2]), xytext=(5, 5), textcoords="offset points", fontsize=8)
+            axis.annotate(name, (point[value - 1], point[2]), xytext=(5, 5), textcoords="offset points",
+                          fontsize=8)
         axis.set(xlabel=label)
         axis.margins(0.2)
         axis.grid(alpha=0.3)
@@ -732,8 +736,9 @@ def report_anomaly(model, content, settings, device, name, folder):
     if not rebuilds(settings):
         raise UsageError(f"--anomaly {name}: the checkpoint's decoder was not trained (beta 0)")
     if name in content["classes"]:
-        raise UsageError(f"--anomaly {name}: the checkpoint was trained with that class; train one without it: "
-                         f"--classes {','.join(each for each in content['classes'] if each != name)}")
+        others = ",".join(each for each in content["classes"] if each != name)
+        raise UsageError(f"--anomaly {name}: the checkpoint was trained with that class; train one without "
+                         f"it: --classes {others}")
     dataset = load_data(settings | {"classes": [*content["classes"], name]})
     split = data.Split(*(tensor.to(device) for tensor in dataset.test))
     errors, odd = image_errors(model, split, settings), split.labels == dataset.classes.index(name)
@@ -742,7 +747,8 @@ def report_anomaly(model, content, settings, device, name, folder):
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 4))
     bins = torch.linspace(0, errors.quantile(0.99).item(), 40).numpy()
     for own, label, style in ((~odd, "the trained classes", "-"), (odd, name, "--")):
-        axes[0].hist(errors[own].cpu().numpy(), bins, density=True, histtype="step", label=label, linestyle=style)
+        axes[0].hist(errors[own].cpu().numpy(), bins, density=True, histtype="step", label=label,
+                     linestyle=style)
     axes[0].set(title="reconstruction error", xlabel="MSE of an image (pixels of 0-1)", ylabel="density")
     axes[0].legend()
     order = odd[errors.argsort(descending=True)].cpu().double()
@@ -753,9 +759,10 @@ def report_anomaly(model, content, settings, device, name, folder):
     figure.suptitle(f"{settings['version']} on {dataset.name}, trained without {name}")
     figure.tight_layout()
     save_figure(figure, folder / "anomaly.png")
-    result = {"class": name, "auc": auc, "mse": errors[odd].mean().item(), "mse_others": errors[~odd].mean().item()}
-    print(f"{settings['version']} on {dataset.name}: mean squared error of {name} {result['mse']:.6f}, of the trained "
-          f"classes {result['mse_others']:.6f}\nROC AUC {auc:.4f}")
+    result = {"class": name, "auc": auc, "mse": errors[odd].mean().item(),
+              "mse_others": errors[~odd].mean().item()}
+    print(f"{settings['version']} on {dataset.name}: mean squared error of {name} {result['mse']:.6f}, of "
+          f"the trained classes {result['mse_others']:.6f}\nROC AUC {auc:.4f}")
     return result
 
 
@@ -774,10 +781,11 @@ def main(argv):
                         "folders in one picture, with a table of their results")
     parser.add_argument("--images", nargs="+", metavar="PICTURE",
                         help="classify and rebuild these pictures, instead of the test images")
-    parser.add_argument("--knn", type=numbers, metavar="K[,K...]", help="also classify by the k nearest training "
-                        "images, on codes and on raw pixels; of several k the best on held-out training images")
-    parser.add_argument("--anomaly", metavar="CLASS", help="how well the reconstruction error tells this class, which "
-                        "the training left out, from the others")
+    parser.add_argument("--knn", type=numbers, metavar="K[,K...]",
+                        help="also classify by the k nearest training images, on codes and on raw pixels; of "
+                        "several k the best on held-out training images")
+    parser.add_argument("--anomaly", metavar="CLASS", help="how well the reconstruction error tells this "
+                        "class, which the training left out, from the others")
     parser.add_argument("--dataset", help="another data set than the checkpoint's")
     parser.add_argument("--data-dir", help="where named sets lie (default: where training found them)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")

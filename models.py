@@ -23,8 +23,8 @@ Tokens are joined by `>`; where a map meets a linear layer it is flattened.
 
 A decoder is its encoder's mirror (every layer backwards, ReLU after each but the last) or is
 written out (no ReLU after its last layer). An encoder may also be one of torchvision's networks
-(BACKBONES) or one written out below (OWN), by name. `python models.py` prints the table of all versions, `python models.py v4`
-one of them layer by layer. This file needs torch, and torchvision for its networks alone.
+(BACKBONES) or one written out below (OWN), by name. `python models.py` prints the table of all
+versions, `python models.py v4` one of them layer by layer. This file needs torch, and torchvision for its networks alone.
 """
 import difflib
 import math
@@ -378,10 +378,10 @@ def backbone(name, pretrained):
             net.load_state_dict(weights.get_state_dict(progress=False, check_hash=True, weights_only=True))
         except Exception as error:  # no network, no disk, or a file that is not what its name says
             reason = " ".join(str(error).split())[:80]
-            problem = (f"its ImageNet weights in {path} cannot be read ({reason}); put {weights.url} there anew"
-                       if path.exists() else f"its ImageNet weights are not in {path} and could not be "
-                       f"downloaded ({reason}); put {weights.url} there")
-            raise NotationError(f"{name}: {problem}, or start it untrained with --no-pretrained") from None
+            problem, again = ((f"in {path} cannot be read", " anew") if path.exists() else
+                              (f"are not in {path} and could not be downloaded", ""))
+            raise NotationError(f"{name}: its ImageNet weights {problem} ({reason}); put {weights.url} "
+                                f"there{again}, or start it untrained with --no-pretrained") from None
         finally:
             socket.setdefaulttimeout(timeout)
     if name == "resnet50":  # all but the pooling and the linear layer

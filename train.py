@@ -112,9 +112,10 @@ TERMS = "classifier", "autoencoder", "jigsaw", "kl"
 def train_epoch(model, split, optimizer, s, epoch, show=None, net=None):
     """One epoch (counted from 0) of the weighted loss over a Split. s: a phase.
 
-    Returns the epoch's means as plain numbers: loss, the TERMS, l2, accuracy (None where not trained). The seed and the epoch alone decide order, flips, tiles, noise and
-    dropout. Nothing waits for the device but every hundredth step, where a loss that is not
-    finite ends the run (Stopped). show(step, steps) is called at every step. net: the model
+    Returns the epoch's means as plain numbers: loss, the TERMS, l2, accuracy (None where not
+    trained). The seed and the epoch alone decide order, flips, tiles, noise and dropout. Nothing
+    waits for the device but every hundredth step, where a loss that is not finite ends the run
+    (Stopped). show(step, steps) is called at every step. net: the model
     as DistributedDataParallel wraps it; each process then takes its share of every batch.
     """
     model.train()
@@ -282,9 +283,9 @@ def summarise(rows, tested, model, dataset):
         result["accuracy"] = {"last": last["test_accuracy"], "best": best["test_accuracy"],
                               "best_epoch": best["epoch"], "best_chosen_on": chosen_on(rows)}
         result["per_class_accuracy"] = per_class(tested["confusion"], dataset.classes)
-    result["reconstruction"] = {key: tested[key] for key in
-                                ("autoencoder", "mse", "mae", "psnr", "absolute_error_total",
-                                 "absolute_error_per_image", "net_error_total", "net_error_per_image")} if tested["mse"] is not None else None
+    errors = ("autoencoder", "mse", "mae", "psnr", "absolute_error_total", "absolute_error_per_image",
+              "net_error_total", "net_error_per_image")
+    result["reconstruction"] = None if tested["mse"] is None else {key: tested[key] for key in errors}
     seconds = sorted(row["seconds"] for row in rows)[len(rows) // 2]
     return result | {"parameters": count, "megabytes": count * 4 / 1e6,
                      "seconds_per_epoch": seconds, "images_per_second": len(dataset.train.labels) / seconds}
@@ -306,7 +307,9 @@ def run_name(s, recipe):
             value = Path(value).stem
         elif isinstance(value, dict):
             value = [f"{name}{share:g}" for name, share in value.items()]
-        text = "-".join(value) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
+        elif isinstance(value, float):
+            value = f"{value:g}"
+        text = "-".join(value) if isinstance(value, list) else str(value)
         text = re.sub(r"[^A-Za-z0-9.-]+", "-", text.replace("'", "p")).strip("-")
         parts.append(f"{flag}{text}" if text[:1].isdigit() else f"{flag}-{text}")
     return "_".join(parts)[:120]
@@ -483,10 +486,12 @@ def settle(args):
             models.parse(notation)
     refuse(s.alpha and not (s.classifier or network.classifier), f"alpha {s.alpha:g}",
            f"{version} has no classifier; --classifier NOTATION gives it one")
-    refuse(s.classifier and not s.alpha, f"classifier {s.classifier}", "is not trained with alpha 0; add --alpha 1")
+    refuse(s.classifier and not s.alpha, f"classifier {s.classifier}",
+           "is not trained with alpha 0; add --alpha 1")
     refuse(network.decoder is None and rebuilds(vars(s)), f"beta {s.beta:g} --delta {s.delta:g}",
            f"{version} has no decoder")
-    refuse(s.kl and "N(" not in (s.encoder or network.encoder), f"kl {s.kl:g}", "needs an encoder that ends in N(n)")
+    refuse(s.kl and "N(" not in (s.encoder or network.encoder), f"kl {s.kl:g}",
+           "needs an encoder that ends in N(n)")
     decoder = "there is no decoder with --no-decoder; leave one of the two out"
     refuse(s.no_decoder and args.beta, f"beta {args.beta or 0:g}", decoder)
     refuse(s.no_decoder and s.delta, f"delta {s.delta:g}", decoder)
