@@ -64,15 +64,16 @@ NAMES = {
 NEVER_FLIPPED = {"svhn", "mnist"}
 
 
-def load(dataset=None, data_dir="data", size=None):
+def load(dataset=None, data_dir="data", size=None, test_only=False):
     """A Dataset by name or path; None is CIFAR-10 or, where it cannot be had, `shapes`.
 
     size: what images of unequal sizes in a folder are scaled and cropped to as they are read;
-    a folder of equal ones is read as it is. Raises DataError.
+    a folder of equal ones is read as it is. test_only: a folder's training images are left
+    unread, its training part is empty. Raises DataError.
     """
     if dataset is None:
         try:
-            return _named("cifar10", data_dir, size)
+            return _named("cifar10", data_dir, size, test_only)
         except _Missing as error:
             print(f"{'!' * 78}\nWARNING: {error}\nWARNING: going on with the built-in set 'shapes'. "
                   f"Its figures say nothing about CIFAR-10.\n{'!' * 78}", file=sys.stderr)
@@ -80,10 +81,10 @@ def load(dataset=None, data_dir="data", size=None):
     if dataset == "shapes":
         return shapes()
     if dataset in NAMES:
-        return _named(dataset, data_dir, size)
+        return _named(dataset, data_dir, size, test_only)
     path = Path(dataset)
     if path.is_dir():
-        return _folder(path, size)
+        return _folder(path, size, test_only)
     if not path.exists():
         raise DataError(f"no data set {dataset!r}; expected one of {' '.join(NAMES)} shapes, a "
                         "folder with train/ and test/, or an .npz file")
@@ -121,7 +122,7 @@ def _torchvision(name, data_dir, download):
     return Dataset(name, f"{data_dir} (torchvision)", list(classes), *both)
 
 
-def _named(name, data_dir, size):
+def _named(name, data_dir, size, test_only):
     """A set of NAMES: torchvision's files in data_dir, an image folder there, or a download."""
     try:
         return _torchvision(name, data_dir, download=False)
@@ -129,7 +130,7 @@ def _named(name, data_dir, size):
         pass
     root, folder = Path(data_dir), Path(data_dir, name)
     if (folder / "train").is_dir():
-        return _folder(folder, size)
+        return _folder(folder, size, test_only)
     own = root / NAMES[name][0].__name__
     made = [place for place in (own / "raw", own, root, *root.parents) if not place.exists()]
     timeout = socket.getdefaulttimeout()
@@ -231,7 +232,7 @@ def _read_all(paths, shape, fit, folder):
     return images
 
 
-def _folder(folder, size):
+def _folder(folder, size, test_only):
     """An image folder: train/<class>/* and test/<class>/*, pictures at any depth below."""
     paths, labels, counts, classes = [], [], [], None
     for part in ("train", "test"):
@@ -255,6 +256,8 @@ def _folder(folder, size):
         counts.append(len(samples))
     firsts = [read_image(paths[labels.index(label)]) for label in range(len(classes))]
     channels = 3 if any(map(_coloured, firsts)) else 1
+    if test_only:
+        paths, labels, counts[0] = paths[counts[0]:], labels[counts[0]:], 0
     try:
         images = _read_all(paths, (*firsts[0].shape[:2], channels), False, folder)
     except _Unequal:

@@ -151,10 +151,11 @@ def load_checkpoint(path):
     return model.to(memory_format=torch.channels_last), content
 
 
-def load_data(settings):
-    """The Dataset that settings (a dict of train.py's) name, with all that they make of it."""
-    s = settings
-    dataset = data.load(s["dataset"], s["data_dir"], s["size"])
+def load_data(settings, test_only=False):
+    """The Dataset that settings (a dict of train.py's) name, with all that they make of it.
+    test_only: of the test part alone; the training part may be empty."""
+    s = settings | ({"train_size": None, "val_share": 0, "variant": "complete"} if test_only else {})
+    dataset = data.load(s["dataset"], s["data_dir"], s["size"], test_only)
 
     def apply(flag, change, *arguments):
         try:
@@ -173,8 +174,9 @@ def load_data(settings):
                                              dataset.classes, s["variant"], s["constrain"], s["seed"])
     if s["blur"]:
         for part in ("train", "val", "test"):
-            if getattr(dataset, part) is not None:
-                setattr(dataset, part, data.blur(getattr(dataset, part), s["blur"]))
+            split = getattr(dataset, part)
+            if split is not None and len(split.labels):
+                setattr(dataset, part, data.blur(split, s["blur"]))
     return dataset
 
 
@@ -597,7 +599,7 @@ def draw_sweep(folders, output, title):
             *points[-1][:3], depth, metrics["parameters"], metrics["megabytes"], metrics["seconds_per_epoch"],
             errors["mse"], errors["psnr"]))
         if not rows:
-            dataset = load_data(settings | {"train_size": None, "val_share": 0, "variant": "complete"})
+            dataset = load_data(settings, test_only=True)
             labels = dataset.test.labels.tolist()
             chosen = [labels.index(label) for label in range(len(dataset.classes)) if label in labels][:10]
             images = data.normalise(dataset.test.images[chosen], **view(settings))
@@ -663,7 +665,7 @@ def classify_pictures(model, content, paths, device, folder):
 def report(model, content, settings, device, folder, ks):
     """Measures the checkpoint on the test images, draws, prints. ks: for kNN, or None. Returns plain
     values."""
-    dataset = load_data(settings)
+    dataset = load_data(settings, test_only=not ks)
     if len(dataset.classes) != len(content["classes"]):
         raise UsageError(f"--dataset {settings['dataset']}: has {len(dataset.classes)} classes, the "
                          f"checkpoint {len(content['classes'])}")
@@ -739,7 +741,7 @@ def report_anomaly(model, content, settings, device, name, folder):
         others = ",".join(each for each in content["classes"] if each != name)
         raise UsageError(f"--anomaly {name}: the checkpoint was trained with that class; train one without "
                          f"it: --classes {others}")
-    dataset = load_data(settings | {"classes": [*content["classes"], name]})
+    dataset = load_data(settings | {"classes": [*content["classes"], name]}, test_only=True)
     split = data.Split(*(tensor.to(device) for tensor in dataset.test))
     errors, odd = image_errors(model, split, settings), split.labels == dataset.classes.index(name)
     auc = roc_auc(errors[odd], errors[~odd])
@@ -819,8 +821,6 @@ def evaluate(args, folder):
         settings |= {"dataset": args.dataset, "classes": None, "test_size": None}
     if args.data_dir or not Path(settings["data_dir"]).is_dir():
         settings["data_dir"] = args.data_dir or "data"
-    if not args.knn:  # only the test images matter
-        settings |= {"train_size": None, "val_share": 0, "variant": "complete"}
     model = model.to(device).eval()
     if args.images:
         folder /= "images"

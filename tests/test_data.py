@@ -49,6 +49,15 @@ def test_a_folder_read_by_several_processes_keeps_its_order(tmp_path, monkeypatc
     assert torch.equal(alone.test.labels, shared.test.labels)
 
 
+def test_the_test_part_alone_leaves_training_pictures_unread(tmp_path):
+    folder = make_folder(tmp_path / "bugs")
+    whole = data.load(str(folder))
+    (folder / "train/bee/2.png").write_bytes(b"not a picture")
+    alone = data.load(str(folder), test_only=True)
+    assert torch.equal(alone.test.images, whole.test.images) and torch.equal(alone.test.labels, whole.test.labels)
+    assert len(alone.train.labels) == 0 and alone.classes == whole.classes
+
+
 def test_a_grey_folder_has_one_channel_and_refuses_colour(tmp_path):
     make_folder(tmp_path, mode="L")
     assert data.load(str(tmp_path)).train.images.shape == (6, 1, 8, 8)
