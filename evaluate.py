@@ -585,8 +585,8 @@ def compare(folders, output):
 
 
 def draw_sweep(folders, output, title):
-    """Prints a markdown table of runs of autoencoders; draws their errors against code size and depth
-    (sweep.png) and what each makes of the same test images (sheet.png), into `output`."""
+    """Prints a markdown table of runs of autoencoders; draws their errors against code size, depth or
+    kind, whichever differs (sweep.png), and what each makes of the same test images (sheet.png), into `output`."""
     lines = ["| version | code | layers | parameters | MB | s per epoch | MSE | PSNR |",
              "|---|---|---|---|---|---|---|---|"]
     points, rows = [], []
@@ -610,19 +610,20 @@ def draw_sweep(folders, output, title):
     draw_sheet([*rows, data.to_pixels(images, settings["scale"])], names, output / "sheet.png",
                f"{title} on {dataset.name}: test images, their originals below",
                [*(point[0] for point in points), "original"])
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.8), sharey=True)
-    for axis, value, label in ((axes[0], 1, "values of the code"), (axes[1], 2, "layers in the encoder")):
-        for name, *point in points:
-            axis.plot(point[value - 1], point[2], "ko", markersize=5)
-            axis.annotate(name, (point[value - 1], point[2]), xytext=(5, 5), textcoords="offset points",
-                          fontsize=8)
-        axis.set(xlabel=label)
-        axis.margins(0.2)
-        axis.grid(alpha=0.3)
-    axes[0].set(xscale="log", ylabel="MSE (pixels of 0-1)")
-    axes[1].xaxis.get_major_locator().set_params(integer=True)
-    figure.suptitle(f"{title} on {dataset.name}: reconstruction error of the test images")
-    figure.tight_layout()
+    names, codes, depths, errors = zip(*points)
+    figure, axis = plt.subplots(figsize=(5.5, 3.8))
+    if len(set(codes)) > 1:
+        axis.plot(codes, errors, "ko-", markersize=5)
+        axis.set(xlabel="values of the code", xscale="log", xticks=codes, xticklabels=codes)
+        axis.minorticks_off()
+    elif len(set(depths)) > 1:
+        axis.plot(depths, errors, "ko-", markersize=5)
+        axis.set(xlabel="layers in the encoder, and in the decoder", xticks=depths)
+    else:
+        axis.bar(names, errors, color="0.6")
+        axis.set(xlabel="kind")
+    axis.set(title=f"{title} on {dataset.name}", ylabel="MSE of the test images (pixels of 0-1)", ylim=(0, None))
+    axis.grid(axis="y", alpha=0.3)
     save_figure(figure, output / "sweep.png")
 
 
