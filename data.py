@@ -409,7 +409,7 @@ def _drawn(split, count, seed):
     n = len(split.labels)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     # Each image's rank within its class, as a share of that class; the smallest shares win.
-    labels = split.labels[order]
+    labels = split.labels.cpu()[order]
     share = torch.empty(n, dtype=torch.float64)
     for label in labels.unique():
         own = (labels == label).nonzero().squeeze(1)

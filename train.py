@@ -115,8 +115,8 @@ def train_epoch(model, split, optimizer, s, epoch, show=None, net=None):
     Returns the epoch's means as plain numbers: loss, the TERMS, l2, accuracy (None where not
     trained). The seed and the epoch alone decide order, flips, tiles, noise and dropout. Nothing
     waits for the device but every hundredth step, where a loss that is not finite ends the run
-    (Stopped). show(step, steps) is called at every step. net: the model
-    as DistributedDataParallel wraps it; each process then takes its share of every batch.
+    (Stopped). show(step, steps) is called at every step. net: the model as DistributedDataParallel
+    wraps it; each process then takes its share of every batch.
     """
     model.train()
     if s.frozen:
