@@ -325,14 +325,14 @@ def _mirrored(token, before, after):
 def layers(notation, shape):
     """The layers of a notation on inputs of that shape.
 
-    Returns (modules, steps): a list of modules, and for each token (token, shape before,
-    shape after), where a shape is (channels, height, width) of a map or (n,) of a vector.
+    Returns (modules, steps): a list of modules, and for each token (token, shape before, shape
+    after, modules so far), where a shape is (channels, height, width) of a map or (n,) of a vector.
     """
     modules, steps = [], []
     for token in parse(notation):
         made, after = _layer(token, shape)
         modules += made
-        steps.append((token, shape, after))
+        steps.append((token, shape, after, len(modules)))
         shape = after
     return modules, steps
 
@@ -340,7 +340,7 @@ def layers(notation, shape):
 def mirror(steps):
     """The decoder of an encoder, from the steps that `layers` gave for it."""
     modules = []
-    for token, before, after in reversed(steps):
+    for token, before, after, _ in reversed(steps):
         if token.kind != "D":
             modules += _mirrored(token, before, after) + [nn.ReLU()]
     return nn.Sequential(*modules[:-1])
@@ -353,8 +353,8 @@ def joined(notation, shape, lower):
                             "expected an encoder of C, C', S, or no --skip")
     tokens, parts = parse(notation), notation.split(">")
     cut = [token.kind in ("A", "L", "L'") for token in tokens].index(True)
-    features, steps = layers(">".join(parts[:cut]), shape) if cut else ([], [(None, None, shape)])
-    c, h, w = steps[-1][2]
+    features, steps = layers(">".join(parts[:cut]), shape) if cut else ([], [])
+    c, h, w = steps[-1][2] if cut else shape
     n = lower[0]
     conv = [nn.Conv2d(n, n, 3, stride=2, padding=1), nn.AdaptiveMaxPool2d((h, w)), nn.ReLU()]
     last, _ = layers(">".join(parts[cut:]), (c + n, h, w))
@@ -391,11 +391,11 @@ def backbone(name, pretrained):
 
 def _encoder(version):
     """(the encoder; the steps that `layers` gives, of a network by name the lower and the upper part;
-    how many of its layers give the lower features; a backbone's own classifier, else None)."""
+    a backbone's own classifier, else None)."""
     shape, name = version.in_shape, version.encoder
     if name not in BACKBONES and name not in OWN:
         modules, steps = layers(version.encoder, shape)
-        return nn.Sequential(*modules), steps, len(_layer(steps[0][0], shape)[0]), None
+        return nn.Sequential(*modules), steps, None
     if name in OWN:
         if shape != VERSIONS[name].in_shape:
             raise NotationError(f"{name}: images of {_x(shape)}; expected {_x(VERSIONS[name].in_shape)}")
@@ -408,8 +408,8 @@ def _encoder(version):
     with torch.no_grad():
         lower = encoder.eval()[:tap](torch.zeros(1, *shape))
         code = encoder[tap:](lower)
-    steps = [(None, shape, tuple(lower.shape[1:])), (None, tuple(lower.shape[1:]), tuple(code.shape[1:]))]
-    return encoder.train(), steps, tap, classifier
+    lower, code = tuple(lower.shape[1:]), tuple(code.shape[1:])
+    return encoder.train(), [(None, shape, lower, tap), (None, lower, code, len(encoder))], classifier
 
 
 def find(name):
@@ -431,7 +431,7 @@ def build(version, in_shape=None, num_classes=10, **changes):
     """
     version = replace(version if isinstance(version, Version) else find(version), **changes)
     version = replace(version, in_shape=tuple(in_shape or version.in_shape))
-    encoder, steps, tap, own = _encoder(version)
+    encoder, steps, own = _encoder(version)
     code, classifier, decoder = steps[-1][2], None, None
     # The decoder is built last, so that a seed gives the same encoder and classifier with it
     # and without it.
@@ -457,7 +457,7 @@ def build(version, in_shape=None, num_classes=10, **changes):
         decoder = written_out(version.decoder, code, version.in_shape)
     if decoder is not None and version.output:
         decoder.append(OUTPUTS[version.output]())
-    model = Autoencoder(encoder, classifier, decoder, tap if version.skip else None)
+    model = Autoencoder(encoder, classifier, decoder, steps[0][3] if version.skip else None)
     if version.he:
         for layer in model.modules():
             if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):

@@ -101,6 +101,16 @@ def test_the_decoder_does_not_touch_the_other_weights():
         assert torch.equal(weight, states[0][name]), name
 
 
+def test_a_seed_gives_the_weights_that_the_layers_alone_would_draw():
+    """Nothing is built twice: that would draw random numbers and give a seed another start."""
+    torch.manual_seed(3)
+    model = build("v4")
+    torch.manual_seed(3)
+    for part, place, plain in ((model.encoder, 0, nn.Conv2d(3, 32, 3)), (model.encoder, 2, nn.Conv2d(32, 32, 3)),
+                               (model.classifier, 0, nn.Conv2d(32, 32, 3))):
+        assert torch.equal(part[place].weight, plain.weight)
+
+
 def test_forward_leaves_out_what_is_not_asked_for():
     model, images = build("v3").eval(), torch.randn(2, 3, 32, 32)
     both = model(images)
