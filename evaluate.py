@@ -135,8 +135,8 @@ def load_checkpoint(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # one line is enough about a file that is none
             with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
-                if file.testzip():
-                    raise ValueError(f"{file.testzip()} is damaged")
+                if damaged := file.testzip():
+                    raise ValueError(f"{damaged} is damaged")
             content = torch.load(path, map_location="cpu", weights_only=True)
         if content["kind"] != CHECKPOINT:
             raise ValueError(f"its kind is {content['kind']!r}")
@@ -151,9 +151,9 @@ def load_checkpoint(path):
     return model.to(memory_format=torch.channels_last), content
 
 
-def load_data(settings, test_only=False):
-    """The Dataset that settings (a dict of train.py's) name, with all that they make of it.
-    test_only: of the test part alone; the training part may be empty."""
+def load_data(settings, device="cpu", test_only=False):
+    """The Dataset that settings (a dict of train.py's) name, with all that they make of it, on the
+    device. test_only: of the test part alone; the training part may be empty."""
     s = settings | ({"train_size": None, "val_share": 0, "variant": "complete"} if test_only else {})
     dataset = data.load(s["dataset"], s["data_dir"], s["size"], test_only)
 
@@ -172,11 +172,12 @@ def load_data(settings, test_only=False):
         dataset.train, dataset.val = apply("val-share", data.hold_out, dataset.train, s["val_share"], s["seed"])
     dataset.train, dataset.synthetic = apply(f"variant {s['variant']}", data.vary, dataset.train,
                                              dataset.classes, s["variant"], s["constrain"], s["seed"])
-    if s["blur"]:
-        for part in ("train", "val", "test"):
-            split = getattr(dataset, part)
-            if split is not None and len(split.labels):
-                setattr(dataset, part, data.blur(split, s["blur"]))
+    for part in ("train", "val", "test"):
+        split = getattr(dataset, part)
+        if split is not None:
+            if s["blur"] and len(split.labels):
+                split = data.blur(split, s["blur"])
+            setattr(dataset, part, data.Split(*(tensor.to(device) for tensor in split)))
     return dataset
 
 
@@ -379,14 +380,19 @@ def rebuild(model, inputs, settings):
     return data.to_pixels(rebuilt, settings["scale"])
 
 
+def first_of_each(dataset):
+    """(rows, class names) of the first test image of each class that has one."""
+    labels = dataset.test.labels.tolist()
+    rows = [labels.index(label) for label in range(len(dataset.classes)) if label in labels]
+    return rows, [dataset.classes[labels[row]] for row in rows]
+
+
 def draw_reconstructions(model, dataset, settings, folder, note=""):
     """recon.png: the first test image of each class above its reconstruction (between them with
     its noise, where the settings have any); recon/ with each pair as files <index>_<class>.png and
     <index>_<class>_recon.png; and jigsaw.png where the jigsaw loss was trained."""
-    labels = dataset.test.labels.tolist()
-    chosen = [labels.index(label) for label in range(len(dataset.classes)) if label in labels]
+    chosen, names = first_of_each(dataset)
     raw, device = dataset.test.images[chosen], dataset.test.images.device
-    names = [dataset.classes[labels[index]] for index in chosen]
     scale, noise = settings["scale"], noise_in_tests(settings)
     images, generator = data.normalise(raw, **view(settings)), torch.Generator(device).manual_seed(0)
     inputs = data.add_noise(images, noise, generator, scale) if noise else images
@@ -600,10 +606,8 @@ def draw_sweep(folders, output, title):
             errors["mse"], errors["psnr"]))
         if not rows:
             dataset = load_data(settings, test_only=True)
-            labels = dataset.test.labels.tolist()
-            chosen = [labels.index(label) for label in range(len(dataset.classes)) if label in labels][:10]
+            chosen, names = (each[:10] for each in first_of_each(dataset))
             images = data.normalise(dataset.test.images[chosen], **view(settings))
-            names = [dataset.classes[labels[index]] for index in chosen]
         rows.append(rebuild(model, images, settings))
     print("\n".join(lines))
     write_whole(output / "sweep.md", lambda part: part.write_text("\n".join(lines) + "\n"))
@@ -666,7 +670,7 @@ def classify_pictures(model, content, paths, device, folder):
 def report(model, content, settings, device, folder, ks):
     """Measures the checkpoint on the test images, draws, prints. ks: for kNN, or None. Returns plain
     values."""
-    dataset = load_data(settings, test_only=not ks)
+    dataset = load_data(settings, device, test_only=not ks)
     if len(dataset.classes) != len(content["classes"]):
         raise UsageError(f"--dataset {settings['dataset']}: has {len(dataset.classes)} classes, the "
                          f"checkpoint {len(content['classes'])}")
@@ -679,8 +683,6 @@ def report(model, content, settings, device, folder, ks):
     if shape[0] != channels or (settings["size"] and height != width):
         raise UsageError(f"--dataset {settings['dataset']}: has images of {'x'.join(map(str, shape))}, "
                          f"the checkpoint takes {channels}x{height}x{width}")
-    for part in ("train", "test"):
-        setattr(dataset, part, data.Split(*(tensor.to(device) for tensor in getattr(dataset, part))))
     result = measure(model, dataset.test, settings["precision"], settings["alpha"] > 0, rebuilds(settings),
                      noise=noise_in_tests(settings), **view(settings))
     folder.mkdir(parents=True, exist_ok=True)
@@ -742,9 +744,9 @@ def report_anomaly(model, content, settings, device, name, folder):
         others = ",".join(each for each in content["classes"] if each != name)
         raise UsageError(f"--anomaly {name}: the checkpoint was trained with that class; train one without "
                          f"it: --classes {others}")
-    dataset = load_data(settings | {"classes": [*content["classes"], name]}, test_only=True)
-    split = data.Split(*(tensor.to(device) for tensor in dataset.test))
-    errors, odd = image_errors(model, split, settings), split.labels == dataset.classes.index(name)
+    dataset = load_data(settings | {"classes": [*content["classes"], name]}, device, test_only=True)
+    errors = image_errors(model, dataset.test, settings)
+    odd = dataset.test.labels == dataset.classes.index(name)
     auc = roc_auc(errors[odd], errors[~odd])
     folder.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 4))

@@ -24,10 +24,11 @@ def classifier_loss(logits, labels, class_weights=None):
 
 
 def balanced_weights(labels, classes):
-    """Class weights (classes,) float32 by which every class counts the same in the mean over these
-    labels: images / (classes * images of the class); 0 for a class without images."""
+    """Class weights (classes,) float32 by which every class that has images counts the same in the
+    mean over these labels: images / (classes with images * images of the class); 0 for the others."""
     counts = torch.bincount(labels, minlength=classes)
-    return torch.where(counts > 0, len(labels) / (classes * counts.clamp(min=1)), 0.0)
+    there = counts > 0
+    return torch.where(there, len(labels) / (there.sum() * counts.clamp(min=1)), 0.0)
 
 
 def autoencoder_loss(reconstruction, images):

@@ -24,7 +24,8 @@ Tokens are joined by `>`; where a map meets a linear layer it is flattened.
 A decoder is its encoder's mirror (every layer backwards, ReLU after each but the last) or is
 written out (no ReLU after its last layer). An encoder may also be one of torchvision's networks
 (BACKBONES) or one written out below (OWN), by name. `python models.py` prints the table of all
-versions, `python models.py v4` one of them layer by layer. This file needs torch, and torchvision for its networks alone.
+versions, `python models.py v4` one of them layer by layer. This file needs torch, and
+torchvision for its networks alone.
 """
 import difflib
 import math

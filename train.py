@@ -574,7 +574,7 @@ def prepare(s, model=None):
         raise UsageError(f"--batch-size {s.batch_size}: expected at least one image for each of {mine()[1]} "
                          "processes")
     with first_process_first():
-        dataset = load_data(vars(s))
+        dataset = load_data(vars(s), device)
     channels, *sides = dataset.train.images.shape[1:]
     if s.size:
         sides = [s.size, s.size]
@@ -595,9 +595,6 @@ def prepare(s, model=None):
     if device.type == "cuda":  # the same command, the same bits
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    for part in ("train", "val", "test"):
-        split = getattr(dataset, part)
-        setattr(dataset, part, split and data.Split(*(tensor.to(device) for tensor in split)))
     return dataset, model.to(device, memory_format=torch.channels_last)
 
 
