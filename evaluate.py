@@ -1,11 +1,12 @@
-"""Everything that reads a checkpoint: measures it, pictures it, classifies pictures with it.
+"""Everything that reads a checkpoint or a run: measures it, draws it, compares runs.
 
     python evaluate.py --ckpt outputs/v4/best.pt
     python evaluate.py --ckpt outputs/v4/best.pt --images cat.png boat.jpg
     python evaluate.py --compare outputs/v4 outputs/v4_beta0
 
-The checkpoint knows its network, its data set and its settings. train.py measures after each
-epoch with `measure` and draws its pictures with the functions of this file.
+A checkpoint holds its network, its data set and its settings. This file has, from top to bottom:
+errors and devices, files and checkpoints, measures, pictures of a model, runs and their comparison,
+the command line. train.py measures with `measure` after each epoch and draws with these functions.
 """
 import argparse
 import contextlib
@@ -17,46 +18,76 @@ import os
 import re
 import sys
 import time
-import warnings
-import zipfile
-from dataclasses import asdict
+from argparse import Namespace
 from pathlib import Path
+from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
 import torch.distributed as dist
+from matplotlib.figure import Figure
 from torchvision.utils import save_image
 
 import data
 import losses
 import models
 
-matplotlib.use("Agg")  # draws to files, needs no screen
-import matplotlib.pyplot as plt  # noqa: E402
-
-CHECKPOINT = "autoencoder checkpoint, format 1"
-# What of train.py's settings an evaluation needs.
-SETTINGS = ("version", "dataset", "data_dir", "size", "margin", "scale", "classes", "train_size",
-            "test_size", "val_share", "variant", "constrain", "blur", "noise", "clean_test", "alpha", "beta",
-            "delta", "jigsaw_grid", "seed", "precision")
-
 
 class UsageError(ValueError):
-    """Something that the user can put right; one line."""
+    """What the user can correct: one line that names the value and what was expected."""
 
 
 class Stopped(RuntimeError):
-    """A run that cannot go on: a loss that is not finite, a disk that is full; one line."""
+    """A run that cannot continue (a loss that is not finite, a full disk): one line."""
 
 
-USER_ERRORS = UsageError, models.NotationError, data.DataError
+USER_ERRORS = UsageError, models.NotationError, models.CheckpointError, data.DataError
 
 
-# ---------------------------------------------------------------- device and precision
+def explain(error):
+    """(exit status, one line) for an exception; raises it again where it is a defect of the program."""
+    text = " ".join(str(error).split())[:200]
+    if isinstance(error, USER_ERRORS):
+        return 2, f"error: {error}"
+    if isinstance(error, Stopped):
+        return 1, f"stopped: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        return 1, f"stopped: out of memory ({text}); a smaller --batch-size, --size or --train-size needs less"
+    if isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text:
+        return 1, f"stopped: another process has ended ({text})"
+    if isinstance(error, OSError) and error.filename is not None:
+        return 2, f"error: {error.filename}: {error.strerror}"
+    raise error
+
+
+@contextlib.contextmanager
+def errors(program):
+    """Ends a command line with one line on stderr and a status: 2 for what the user can correct, 1 for
+    a run that cannot continue, 130 for Ctrl-C; a closed pipe ends it quietly. An attribute `advice` of
+    the exception is appended to the line."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell, as with >&-
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="replace")  # an output that is not Unicode has no ±
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # Python would complain once more when it flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except (Exception, KeyboardInterrupt) as error:
+        status, message = explain(error)
+        print(f"{program}: {message}{getattr(error, 'advice', '')}", file=sys.stderr)
+        sys.exit(status)
+
+
+# ---------------------------------------------------------------- devices, precision, processes
 
 def pick_device(name):
-    """The device of that name; "auto" is CUDA where there is a GPU, else the CPU."""
+    """The torch.device of that name; "auto" is CUDA where there is a GPU, else the CPU. UsageError."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -65,14 +96,14 @@ def pick_device(name):
             raise RuntimeError
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
-        raise UsageError(f"--device {name}: not on this machine; expected auto, cpu or, with a GPU, "
-                         "cuda") from None
+        raise UsageError(f"--device {name}: unavailable on this machine, which has {torch.cuda.device_count()} "
+                         "GPUs; expected auto, cpu, cuda or cuda:N") from None
     return device
 
 
 def keep_freed_memory():
-    """Lets glibc keep what is freed. By itself it hands blocks of some MB back to the system and
-    gets them anew, page by page, at every step: v1 trained at two thirds of its speed so."""
+    """Makes glibc keep what is freed. By default it returns blocks of some MB to the system and
+    requests them again, page by page, at every step: v1 trained at two thirds of its speed so."""
     with contextlib.suppress(AttributeError, TypeError, OSError):  # not glibc: nothing to do
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, at its highest
@@ -85,7 +116,7 @@ def pick_precision(name, device):
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if device.type == "cpu" and os.path.exists("/proc/cpuinfo"):
+    if os.path.exists("/proc/cpuinfo"):
         flags = Path("/proc/cpuinfo").read_text()
         return "bf16" if re.search(r"\b(amx_bf16|avx512_bf16)\b", flags) else "fp32"
     return "fp32"
@@ -98,7 +129,19 @@ def autocast(device, precision):
     return contextlib.nullcontext()
 
 
-# ---------------------------------------------------------------- checkpoints
+def process():
+    """(rank, processes): this process and how many train together (torchrun); else (0, 1)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def seconds(device):
+    """A clock, read when the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+# ---------------------------------------------------------------- files and checkpoints
 
 def write_whole(path, write):
     """Calls write(temporary path) beside `path` and moves the result into place, so that a
@@ -119,172 +162,204 @@ def write_json(path, content):
     write_whole(path, lambda part: part.write_text(json.dumps(content, indent=2) + "\n"))
 
 
-def save_checkpoint(path, model, settings, classes, **more):
-    """Weights, notation and settings, and `more`: tensors and plain values only."""
-    content = {"kind": CHECKPOINT, "version": asdict(model.version), "classes": classes,
-               "settings": settings, "model": model.state_dict(), **more}
-    write_whole(path, lambda part: torch.save(content, part))
+class Needed(NamedTuple):
+    default: object  # also the value of a setting that an older checkpoint does not know
+    accepts: object  # a type, or a tuple of choices; None too, where it is the default
+    low: float = -math.inf
+    high: float = math.inf
+
+
+# What of train.py's settings an evaluation needs. A checkpoint may come from anywhere.
+NEEDED = {
+    "version": Needed("v4", str), "dataset": Needed("cifar10", str), "data_dir": Needed("data", str),
+    "size": Needed(None, int, 1, 1024), "margin": Needed(False, bool),
+    "scale": Needed("imagenet", tuple(data.SCALES)), "classes": Needed(None, list),
+    "train_size": Needed(None, int, 1), "test_size": Needed(None, int, 1),
+    "test_share": Needed(0.2, float, 0.01, 0.9), "val_share": Needed(0.0, float, 0, 0.9),
+    "labels": Needed(None, int, 1), "variant": Needed("complete", data.VARIANTS),
+    "constrain": Needed(None, dict), "blur": Needed(0.0, float, 0, 10), "noise": Needed(0.0, float, 0, 10),
+    "clean_test": Needed(False, bool), "jigsaw_grid": Needed(4, int, 2, 32), "seed": Needed(0, int, 0, 2**31),
+    "precision": Needed("auto", ("auto", "bf16", "fp32")),
+    **{flag: Needed(term.default, float, 0) for flag, term in losses.TERMS.items()},
+}
+
+
+def fits(value, accepts, low=-math.inf, high=math.inf):
+    """Whether a plain value is what a row of NEEDED accepts."""
+    if isinstance(accepts, tuple):
+        return type(value) is str and value in accepts
+    if type(value) is not accepts and not (accepts is float and type(value) is int):
+        return False
+    if accepts is list:
+        return all(type(each) is str for each in value)
+    if accepts is dict:
+        return all(type(name) is str and fits(share, float, 0, 1) for name, share in value.items())
+    return accepts not in (int, float) or low <= value <= high
 
 
 def load_checkpoint(path):
-    """(model, the checkpoint's dict), on the CPU. Runs no code from the file. UsageError."""
-    path = Path(path)
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file; expected a checkpoint such as outputs/v4/best.pt")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # one line is enough about a file that is none
-            with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
-                if damaged := file.testzip():
-                    raise ValueError(f"{damaged} is damaged")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        if content["kind"] != CHECKPOINT:
-            raise ValueError(f"its kind is {content['kind']!r}")
-        settings = content["settings"]
-        content["settings"] = {key: settings[key] for key in SETTINGS}
-        model = models.build(models.Version(**content["version"]), num_classes=len(content["classes"]),
-                             pretrained=False)  # the weights are in the file
-        model.load_state_dict(content["model"])
-    except Exception as error:  # a stranger's file fails in any way that it likes
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"{path}: not a checkpoint of train.py ({reason[:100]})") from None
-    return model.to(memory_format=torch.channels_last), content
+    """(model, content) of a checkpoint of train.py, on the CPU, in eval mode; content["settings"] is a
+    Namespace of what NEEDED lists. Runs no code from the file. UsageError, CheckpointError."""
+    model, content = models.load(path)
+
+    def require(holds, what):
+        if not holds:
+            raise UsageError(f"{path}: not a checkpoint of train.py ({what})")
+    settings, parts = content.get("settings"), content.get("trained")
+    require(type(settings) is dict, "it has no settings")
+    values = {name: settings.get(name, needed.default) for name, needed in NEEDED.items()}
+    for name, (default, *accepted) in NEEDED.items():
+        value = values[name]
+        require((value is None and default is None) or fits(value, *accepted), f"its setting {name} is not valid")
+    require(fits(content.get("epoch"), int, 1), "it has no epoch")
+    there = [part for part in ("classifier", "decoder") if getattr(model, part) is not None]
+    require(type(parts) is list and parts and all(part in there for part in parts), "it does not say what is trained")
+    shape = content.get("image_shape")
+    require(type(shape) is list and len(shape) == 3 and all(fits(side, int, 1, 10_000) for side in shape),
+            "it has no image shape")
+    size = values["size"]
+    require(list(model.version.in_shape) == ([shape[0], size, size] if size else shape),
+            "its network is of another size")
+    require(not values["delta"] or not any(side % values["jigsaw_grid"] for side in model.version.in_shape[1:]),
+            "its jigsaw grid does not divide the images")
+    content["settings"] = Namespace(**values)
+    return model, content
 
 
-def load_data(settings, device="cpu", test_only=False):
-    """The Dataset that settings (a dict of train.py's) name, with all that they make of it, on the
-    device. test_only: of the test part alone; the training part may be empty."""
-    s = settings | ({"train_size": None, "val_share": 0, "variant": "complete"} if test_only else {})
-    dataset = data.load(s["dataset"], s["data_dir"], s["size"], test_only)
-
-    def apply(flag, change, *arguments):
-        try:
-            return change(*arguments)
-        except data.DataError as error:
-            raise UsageError(f"--{flag}: {error}") from None
-    if s["classes"]:
-        dataset = apply("classes", data.choose, dataset, s["classes"])
-    for part in ("train", "test"):
-        if s[f"{part}_size"]:
-            split = getattr(dataset, part)
-            setattr(dataset, part, apply(f"{part}-size", data.take, split, s[f"{part}_size"], s["seed"]))
-    if s["val_share"]:
-        dataset.train, dataset.val = apply("val-share", data.hold_out, dataset.train, s["val_share"], s["seed"])
-    dataset.train, dataset.synthetic = apply(f"variant {s['variant']}", data.vary, dataset.train,
-                                             dataset.classes, s["variant"], s["constrain"], s["seed"])
-    for part in ("train", "val", "test"):
-        split = getattr(dataset, part)
-        if split is not None:
-            if s["blur"] and len(split.labels):
-                split = data.blur(split, s["blur"])
-            setattr(dataset, part, data.Split(*(tensor.to(device) for tensor in split)))
-    return dataset
+def prepare_data(s, test_only=False):
+    """The data.Dataset of settings (a Namespace), on the CPU. Raises DataError."""
+    return data.prepare(s.dataset, s.data_dir, size=s.size, classes=s.classes, train_size=s.train_size,
+                        test_size=s.test_size, test_share=s.test_share, val_share=s.val_share, labels=s.labels,
+                        variant=s.variant, constrain=s.constrain, blur=s.blur, seed=s.seed, test_only=test_only)
 
 
-# ---------------------------------------------------------------- measuring
+# ---------------------------------------------------------------- measures
 
-def view(settings):
-    """How settings (a dict of train.py's) have a picture brought to the network: arguments for
-    data.batches and data.normalise."""
-    return {key: settings[key] for key in ("size", "margin", "scale")}
-
-
-def noise_in_tests(settings):
-    """The noise on test images."""
-    return 0.0 if settings["clean_test"] else settings["noise"]
+def loss_weights(s):
+    """The weights of the loss's terms, by flag."""
+    return {flag: getattr(s, flag) for flag in losses.TERMS}
 
 
-def mine():
-    """(rank, processes): this process and how many train together (torchrun); else (0, 1)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def classifies(s):
+    """Whether a run of these settings trains a classifier."""
+    return "logits" in losses.needed(loss_weights(s))
+
+
+def rebuilds(s):
+    """Whether a run of these settings trains a decoder."""
+    return bool({"reconstruction", "jigsaw_reconstruction"} & losses.needed(loss_weights(s)))
+
+
+def preparation(s):
+    """How settings bring images to the network: arguments of data.batches and data.normalise."""
+    return {"size": s.size, "margin": s.margin, "scale": s.scale}
+
+
+def test_noise(s):
+    """The noise on test images: standard deviation, on pixels of 0-1."""
+    return 0.0 if s.clean_test else s.noise
+
+
+def forward(net, inputs, s, wanted, order=None):
+    """What the loss's terms need from one batch of inputs (B, C, H, W): a dict of tensors, of those
+    named in `wanted`. order: of the jigsaw's tiles, (B, grid * grid)."""
+    with autocast(inputs.device, s.precision):
+        outputs = net(inputs, classify="logits" in wanted, reconstruct="reconstruction" in wanted,
+                      posterior="mean" in wanted)
+        tensors = dict(zip(("logits", "reconstruction", "mean", "log_variance"), outputs))
+        if "jigsaw_reconstruction" in wanted:
+            jumbled = losses.jumble(inputs, s.jigsaw_grid, order)
+            tensors["jigsaw_reconstruction"] = net(jumbled, classify=False)[1]
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def batch_sums(tensors, inputs, images, labels, s):
+    """Sums over a batch, by name: every loss term that the tensors allow, right answers, errors."""
+    tensors, count = tensors | {"images": images, "labels": labels}, len(labels)
+    sums = {term.name: count * term.loss(*(tensors.get(name) for name in term.needs))
+            for term in losses.TERMS.values() if set(term.needs) - {"class_weights"} <= set(tensors)}
+    if "reconstruction" in tensors:
+        pixels = data.to_pixels(images, s.scale)
+        found = losses.reconstruction_errors(data.to_pixels(tensors["reconstruction"], s.scale), pixels)
+        if inputs is not images:
+            noisy = data.to_pixels(inputs, s.scale)
+            found["noisy_psnr"] = losses.reconstruction_errors(noisy, pixels)["psnr"]
+        sums |= {name: values.double().sum() for name, values in found.items()}
+    return sums
 
 
 @torch.no_grad()
-def measure(model, split, precision="fp32", classify=True, reconstruct=True, batch_size=100, noise=0.0,
-            grid=None, scale="imagenet", **how):
+def measure(model, split, s, classify=True, reconstruct=True, batch_size=100):
     """A model's losses and errors on a Split, as plain numbers in a dict.
 
-    classifier, autoencoder: the two losses (None where not asked for or not there).
-    accuracy: percent. confusion: counts, [true class][predicted class].
-    On pixels of 0-1, the reconstruction clamped to them as in a saved picture: mse, mae (per
-    value), psnr (dB, mean over the images), absolute_error_total (over all values of the
-    whole split) and absolute_error_per_image; net_error_total and net_error_per_image are
-    |sum(x - reconstruction)| of each image, in which errors of opposite sign cancel: what the
-    FashionMNIST study calls its mean absolute error. kl: a variational code's divergence.
-    noise: the network sees noisy images (the same at every call), the errors are against the
-    clean ones. grid: also the jigsaw loss of images in grid x grid tiles. how: as `view` gives it.
+    The loss terms by name (classifier, autoencoder, ..., each where the model allows it); accuracy in
+    percent; confusion: counts, [true class][predicted class]; and the mean over the images of
+    losses.reconstruction_errors, on pixels of 0-1, the reconstruction clamped to them as in a saved
+    picture. With noise in the settings the network sees noisy images (the same at every call), the
+    errors are against the clean ones, and noisy_psnr is the input's own. Several processes measure
+    their shares and get the result of all.
     """
     training = model.training
     model.eval()
-    device, n, (rank, processes) = split.labels.device, len(split.labels), mine()
-    classify = classify and model.classifier is not None
-    reconstruct = reconstruct and model.decoder is not None
-    gaussian, width = models.gaussian(model), model.num_classes + (model.version.scores is not None)
-    sums = torch.zeros(8, device=device, dtype=torch.float64)
-    confusion = torch.zeros(model.num_classes * width, device=device, dtype=torch.int64)
-    generator, orders = torch.Generator(device).manual_seed(0), torch.Generator().manual_seed(0)
-    own = data.Split(*(tensor[rank::processes] for tensor in split)) if processes > 1 else split
-    for images, labels in data.batches(own, batch_size, scale=scale, **how):
-        inputs = data.add_noise(images, noise, generator, scale) if noise else images
-        with autocast(device, precision):
-            logits, rebuilt = model(inputs, classify=classify, reconstruct=reconstruct)
-        if classify:
-            sums[0] += len(labels) * losses.classifier_loss(logits, labels)
-            cells = labels * width + logits.argmax(1).clamp(max=width - 1)  # the last: no class
-            confusion += torch.bincount(cells, minlength=len(confusion))
-        if reconstruct:
-            sums[1] += len(labels) * losses.autoencoder_loss(rebuilt, images)
-            error = (data.to_pixels(rebuilt, scale) - data.to_pixels(images, scale)).flatten(1)
-            mse = error.square().mean(1)
-            sums[2] += mse.sum()
-            sums[3] += error.abs().sum()
-            sums[4] += -10 * mse.clamp(min=1e-10).log10().sum()
-            sums[6] += error.sum(1).abs().sum()
-        if gaussian:
-            sums[7] += len(labels) * losses.kl_loss(gaussian.mean, gaussian.log_variance, images[0].numel())
-        if grid:
-            order = torch.rand(len(labels), grid * grid, generator=orders).argsort(1).to(device)
-            with autocast(device, precision):
-                _, mended = model(losses.jumble(inputs, grid, order), classify=False)
-            sums[5] += len(labels) * losses.jigsaw_recon_loss(mended, images)
+    device, n, (rank, processes) = split.labels.device, len(split.labels), process()
+    if n < processes:
+        rank, processes = 0, 1  # each of them measures all
+    wanted = {"logits"} if classify and model.classifier is not None else set()
+    if reconstruct and model.decoder is not None:
+        wanted |= {"reconstruction"} | ({"jigsaw_reconstruction"} if s.delta else set())
+        wanted |= {"mean"} if model.variational else set()
+    noise, generator = test_noise(s), torch.Generator(device).manual_seed(0)
+    orders = torch.rand(n, s.jigsaw_grid ** 2, generator=torch.Generator().manual_seed(0)).argsort(1)
+    share = data.Split(*(tensor[rank::processes] for tensor in split)) if processes > 1 else split
+    orders, bounds = orders[rank::processes].to(device), data.batch_bounds(len(share.labels), batch_size, 1)
+    totals, confusion = {}, torch.zeros(model.num_classes, model.num_classes, dtype=torch.int64, device=device)
+    for (images, labels), (start, stop) in zip(data.batches(share, batch_size, **preparation(s)), bounds):
+        inputs = data.add_noise(images, noise, generator, s.scale) if noise else images
+        tensors = forward(model, inputs, s, wanted, orders[start:stop])
+        if "logits" in wanted:
+            confusion += losses.confusion_matrix(labels, tensors["logits"].argmax(1), model.num_classes)
+        for name, value in batch_sums(tensors, inputs, images, labels, s).items():
+            totals[name] = totals.get(name, 0) + value.double()
     model.train(training)
+    sums = torch.stack(list(totals.values()))
     if processes > 1:
         dist.all_reduce(sums)
         dist.all_reduce(confusion)
-    cross_entropy, autoencoder, mse, absolute, psnr, jigsaw, net, kl = (sums / n).tolist()
-    result = dict.fromkeys(["classifier", "accuracy", "confusion", "autoencoder", "mse", "mae", "psnr",
-                            "absolute_error_total", "absolute_error_per_image", "net_error_total",
-                            "net_error_per_image", "jigsaw", "kl"])
-    if classify:
-        confusion = confusion.view(model.num_classes, width)
-        result.update(classifier=cross_entropy, confusion=confusion.tolist(),
-                      accuracy=100 * confusion.trace().item() / n)
-    if reconstruct:
-        values = math.prod(model.version.in_shape)
-        result.update(autoencoder=autoencoder, mse=mse, mae=absolute / values, psnr=psnr,
-                      absolute_error_total=sums[3].item(), absolute_error_per_image=absolute,
-                      net_error_total=sums[6].item(), net_error_per_image=net)
-    if gaussian:
-        result["kl"] = kl
-    if grid:
-        result["jigsaw"] = jigsaw
+    result = dict(zip(totals, (sums / n).tolist()))
+    if "logits" in wanted:
+        result |= {"accuracy": 100 * confusion.trace().item() / n, "confusion": confusion.tolist()}
     return result
 
 
 @torch.no_grad()
-def encode(model, split, settings, batch_size=100):
+def encode(model, split, s, batch_size=100):
     """The codes of a Split's images, flat: (N, values) float32, on its device."""
     model.eval()
     codes = []
-    for images, _ in data.batches(split, batch_size, **view(settings)):
-        with autocast(images.device, settings["precision"]):
-            codes.append(model.encoder(images).flatten(1).float())
+    for images, _ in data.batches(split, batch_size, **preparation(s)):
+        with autocast(images.device, s.precision):
+            codes.append(model.encode(images).flatten(1).float())
     return torch.cat(codes)
 
 
+@torch.no_grad()
+def rebuild(model, inputs, s):
+    """The pixels (B, C, H, W) of 0-1 that the model reconstructs from normalised images."""
+    model.eval()
+    with autocast(inputs.device, s.precision):
+        _, rebuilt = model(inputs, classify=False)
+    return data.to_pixels(rebuilt, s.scale)
+
+
+def image_errors(model, split, s, batch_size=100):
+    """The mean squared error of each image's reconstruction, on pixels of 0-1: (N,)."""
+    return torch.cat([losses.reconstruction_errors(rebuild(model, images, s), data.to_pixels(images, s.scale))["mse"]
+                      for images, _ in data.batches(split, batch_size, **preparation(s))])
+
+
 def vote(labels, classes):
-    """The class that most of the neighbours have, of equal ones the nearest's: labels (Q, k),
-    nearest first -> (Q,)."""
+    """The class that most of the neighbours have, of equally frequent ones the nearest's: labels
+    (Q, k), nearest first -> (Q,)."""
     votes = torch.zeros(len(labels), classes, device=labels.device)
     votes.scatter_add_(1, labels, torch.ones_like(labels, dtype=votes.dtype))
     leads = votes.gather(1, labels) == votes.amax(1, keepdim=True)
@@ -301,83 +376,54 @@ def knn(points, labels, queries, answers, ks, classes, seed):
     k = ks[0]
     if len(ks) > 1:
         rest, held = data.hold_out(data.Split(points, labels), 0.1, seed)
-        near = rest.labels[data.nearest(held.images, rest.images, max(ks))]
-        right = [(vote(near[:, :k], classes) == held.labels).sum().item() for k in ks]
+        neighbours = rest.labels[data.nearest(held.images, rest.images, max(ks))]
+        right = [(vote(neighbours[:, :k], classes) == held.labels).sum().item() for k in ks]
         k = ks[right.index(max(right))]
-    start = time.perf_counter()
-    near = labels[data.nearest(queries, points, k)]
-    right = (vote(near, classes) == answers).sum().item()
-    return {"k": k, "accuracy": 100 * right / len(answers), "seconds": time.perf_counter() - start}
+    start = seconds(points.device)
+    neighbours = labels[data.nearest(queries, points, k)]
+    right = (vote(neighbours, classes) == answers).sum().item()
+    return {"k": k, "accuracy": 100 * right / len(answers), "seconds": seconds(points.device) - start}
 
 
-@torch.no_grad()
-def image_errors(model, split, settings, batch_size=100):
-    """The mean squared error of each image's reconstruction, on pixels of 0-1: (N,)."""
-    scale, errors = settings["scale"], []
-    for images, _ in data.batches(split, batch_size, **view(settings)):
-        error = rebuild(model, images, settings) - data.to_pixels(images, scale)
-        errors.append(error.square().flatten(1).mean(1))
-    return torch.cat(errors)
-
-
-def roc_auc(scores, others):
-    """The probability that one of `scores` is above one of `others` (both 1-d), ties counted half."""
-    others = others.sort().values
-    below = torch.searchsorted(others, scores) + torch.searchsorted(others, scores, right=True)
-    return below.double().mean().item() / (2 * len(others))
-
-
-def per_class(confusion, classes):
-    """Accuracy in percent by class name, from counts [true][predicted]; None without images."""
-    return {name: 100 * row[i] / sum(row) if sum(row) else None
-            for i, (name, row) in enumerate(zip(classes, confusion))}
-
-
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- pictures of a model
 
 def save_figure(figure, path):
     write_whole(path, lambda part: figure.savefig(part, dpi=150, bbox_inches="tight", format="png"))
-    plt.close(figure)
 
 
-def _save_picture(pixels, path):
+def save_picture(pixels, path):
+    """Pixels (C, H, W) of 0-1 as a PNG."""
     write_whole(path, lambda part: save_image(pixels, part, format="png"))
 
 
-def _file_name(text):
+def file_name(text):
     return re.sub(r"[^A-Za-z0-9.-]+", "-", text).strip("-") or "_"
 
 
-def draw_sheet(rows, names, path, title, beside=()):
-    """Pictures in columns, a name above each; rows: tensors (N, C, H, W) of 0-1, one below the
-    other, in bands of ten columns. beside: a name for each row of the first band."""
+def draw_sheet(rows, names, path, title):
+    """A sheet of pictures. rows: a list of (name, pictures (N, C, H, W) of 0-1), one below the other;
+    names: of the N columns. More than ten columns continue in a further band of rows."""
     columns = min(10, len(names))
     bands = math.ceil(len(names) / columns)
-    height = 1.1 * len(rows) * bands + 0.5
-    figure, axes = plt.subplots(len(rows) * bands, columns, squeeze=False, figsize=(max(columns, 4), height))
+    margin = 0.15 + 0.075 * max(len(name) for name, _ in rows)  # inches, for the rows' names
+    width, height = max(columns, 4) + margin, (len(rows) + 0.2) * bands + 0.35
+    figure = Figure(figsize=(width, height))
+    axes = figure.subplots(len(rows) * bands, columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for i, name in enumerate(names):
         band, column = len(rows) * (i // columns), i % columns
         axes[band, column].set_title(name, fontsize=8, pad=3)
-        for row, pictures in enumerate(rows):
-            shown = pictures[i].permute(1, 2, 0).expand(-1, -1, 3).cpu().numpy()
-            axes[band + row, column].imshow(shown, interpolation="nearest")
-    for axis, name in zip(axes[:, 0], beside):
-        axis.text(-0.08, 0.5, name, transform=axis.transAxes, ha="right", va="center", fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=1 - 0.66 / height, wspace=0.06,
+        for row, (_, pictures) in enumerate(rows):
+            pixels = pictures[i].permute(1, 2, 0).expand(-1, -1, 3).cpu().numpy()
+            axes[band + row, column].imshow(pixels, interpolation="nearest")
+    for row, axis in enumerate(axes[:, 0]):
+        axis.text(-0.08, 0.5, rows[row % len(rows)][0], transform=axis.transAxes, ha="right", va="center",
+                  fontsize=8)
+    figure.suptitle(title, fontsize=10, y=1 - 0.05 / height, va="top")
+    figure.subplots_adjust(left=margin / width, right=0.995, bottom=0.02, top=1 - 0.5 / height, wspace=0.06,
                            hspace=0.06 if bands == 1 else 0.25)  # room for the names
     save_figure(figure, path)
-
-
-@torch.no_grad()
-def rebuild(model, inputs, settings):
-    """The pixels (B, C, H, W) of 0-1 that the model makes of normalised images."""
-    model.eval()
-    with autocast(inputs.device, settings["precision"]):
-        _, rebuilt = model(inputs, classify=False)
-    return data.to_pixels(rebuilt, settings["scale"])
 
 
 def first_of_each(dataset):
@@ -387,69 +433,70 @@ def first_of_each(dataset):
     return rows, [dataset.classes[labels[row]] for row in rows]
 
 
-def draw_reconstructions(model, dataset, settings, folder, note=""):
+def draw_reconstructions(model, dataset, s, folder, note=""):
     """recon.png: the first test image of each class above its reconstruction (between them with
     its noise, where the settings have any); recon/ with each pair as files <index>_<class>.png and
     <index>_<class>_recon.png; and jigsaw.png where the jigsaw loss was trained."""
     chosen, names = first_of_each(dataset)
-    raw, device = dataset.test.images[chosen], dataset.test.images.device
-    scale, noise = settings["scale"], noise_in_tests(settings)
-    images, generator = data.normalise(raw, **view(settings)), torch.Generator(device).manual_seed(0)
-    inputs = data.add_noise(images, noise, generator, scale) if noise else images
-    rows = [data.to_pixels(images, scale), rebuild(model, inputs, settings)]
-    order = "originals above, reconstructions below"
+    device = dataset.test.images.device
+    images = data.normalise(dataset.test.images[chosen], **preparation(s))
+    inputs, noise = images, test_noise(s)
     if noise:
-        rows.insert(1, data.to_pixels(inputs, scale))
-        order = "originals, with noise, reconstructions"
-    draw_sheet(rows, names, folder / "recon.png", f"{dataset.name}, test images: {order}{note}")
+        inputs = data.add_noise(images, noise, torch.Generator(device).manual_seed(0), s.scale)
+    originals, rebuilt = data.to_pixels(images, s.scale), rebuild(model, inputs, s)
+    noisy = [("with noise", data.to_pixels(inputs, s.scale))] if noise else []
+    draw_sheet([("original", originals), *noisy, ("reconstruction", rebuilt)], names, folder / "recon.png",
+               f"{dataset.name}, test images and their reconstructions{note}")
 
     (folder / "recon").mkdir(exist_ok=True)
-    for index, name, original, picture in zip(chosen, names, rows[0], rows[-1]):
-        stem = f"{index}_{_file_name(name)}"
-        _save_picture(original, folder / "recon" / f"{stem}.png")
-        _save_picture(picture, folder / "recon" / f"{stem}_recon.png")
+    for index, name, original, picture in zip(chosen, names, originals, rebuilt):
+        stem = f"{index}_{file_name(name)}"
+        save_picture(original, folder / "recon" / f"{stem}.png")
+        save_picture(picture, folder / "recon" / f"{stem}_recon.png")
 
-    if settings["delta"]:
-        grid = settings["jigsaw_grid"]
-        tiles = torch.rand(len(chosen), grid * grid, generator=torch.Generator().manual_seed(0)).argsort(1)
-        jumbled = losses.jumble(inputs, grid, tiles.to(device))
-        draw_sheet([rows[0], data.to_pixels(jumbled, scale), rebuild(model, jumbled, settings)], names,
-                   folder / "jigsaw.png", f"{dataset.name}, test images: originals, jumbled, reconstructed")
+    if s.delta:
+        tiles = torch.rand(len(chosen), s.jigsaw_grid ** 2, generator=torch.Generator().manual_seed(0)).argsort(1)
+        jumbled = losses.jumble(inputs, s.jigsaw_grid, tiles.to(device))
+        draw_sheet([("original", originals), ("jumbled", data.to_pixels(jumbled, s.scale)),
+                    ("reconstruction", rebuild(model, jumbled, s))], names, folder / "jigsaw.png",
+                   f"{dataset.name}, test images rebuilt from jumbled tiles")
 
 
 def draw_synthetic(dataset, folder):
-    """smote.png: of each class that SMOTE filled up, a column of synthetic pictures."""
+    """smote.png: of each class that SMOTE filled up, a column of synthetic images."""
     images, labels = (tensor[-dataset.synthetic:].cpu() for tensor in dataset.train)
     columns = [images[labels == label][:6] / 255 for label in range(len(dataset.classes)) if label in labels]
     names = [name for label, name in enumerate(dataset.classes) if label in labels]
-    rows = [torch.stack(row) for row in zip(*columns)]
-    draw_sheet(rows, names, folder / "smote.png", f"{dataset.name}: synthetic training images")
+    draw_sheet([("", torch.stack(row)) for row in zip(*columns)], names, folder / "smote.png",
+               f"{dataset.name}: synthetic training images")
 
 
-def draw_variational(model, dataset, settings, folder):
-    """prior.png: pictures decoded from draws of the prior; walk.png: between the codes of two test
+def draw_variational(model, dataset, s, folder):
+    """prior.png: images decoded from draws of the prior; walk.png: between the codes of pairs of test
     images, in even steps."""
-    device = dataset.test.images.device
-    gaussian, generator = models.gaussian(model), torch.Generator().manual_seed(0)
-    units = gaussian.linear.out_features // 2
+    device, generator = dataset.test.images.device, torch.Generator().manual_seed(0)
 
     @torch.no_grad()
     def decode(codes):
-        with autocast(device, settings["precision"]):
-            return data.to_pixels(model.eval().decoder(codes.to(device)), settings["scale"])
-    rows = [decode(torch.randn(10, units, generator=generator)) for _ in range(6)]
-    draw_sheet(rows, [""] * 10, folder / "prior.png", "pictures decoded from draws of the prior")
-    chosen = _drawn_rows(dataset.test, 12)
-    codes = encode(model, data.Split(*(tensor[chosen] for tensor in dataset.test)), settings).cpu()
+        with autocast(device, s.precision):
+            return data.to_pixels(model.eval().decoder(codes.to(device)), s.scale)
+    rows = [("", decode(torch.randn(10, *model.code_shape, generator=generator))) for _ in range(6)]
+    draw_sheet(rows, [""] * 10, folder / "prior.png", "images decoded from draws of the prior")
+    chosen = random_rows(dataset.test, 12)
+    codes = encode(model, data.Split(*(tensor[chosen] for tensor in dataset.test)), s).cpu()
     steps = torch.linspace(0, 1, 10)[:, None]
-    rows = [decode(one.lerp(two, steps)) for one, two in codes.view(6, 2, units)]
-    draw_sheet(rows, [f"{step:.2f}" for step in steps.flatten().tolist()], folder / "walk.png",
-               f"{dataset.name}: from one test image's code to another's")
+    rows = [("", decode(one.lerp(other, steps))) for one, other in zip(codes[0::2], codes[1::2])]
+    if rows:
+        draw_sheet(rows, [f"{step:.2f}" for step in steps.flatten().tolist()], folder / "walk.png",
+                   f"{dataset.name}: from one test image's code to another's")
 
 
-def _drawn_rows(split, count):
-    """Rows of that many images of a Split, always the same."""
+def random_rows(split, count):
+    """Rows of at most that many images of a Split, always the same."""
     return torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(0))[:count]
+
+
+MARKERS = "os^Dv<>p*hXP+x1234|_"
 
 
 def draw_plane(codes, labels, classes, path, title):
@@ -458,17 +505,17 @@ def draw_plane(codes, labels, classes, path, title):
     x, axes = codes.double().cpu(), ("first value of the code", "second value of the code")
     if x.shape[1] != 2:
         x = x - x.mean(0)
-        values, vectors = torch.linalg.eigh(x @ x.T)  # of N x N: codes may be longer than many
+        values, vectors = torch.linalg.eigh(x @ x.T)  # of N x N: codes may be longer than N
         total = values.clamp(min=0).sum().item() or 1.0
         x = vectors[:, -2:].flip(1) * values[-2:].flip(0).clamp(min=0).sqrt()
         axes = [f"{which} principal component ({100 * value / total:.0f} % of the variance)"
                 for which, value in zip(("first", "second"), values[-2:].flip(0).tolist())]
-    figure, axis = plt.subplots(figsize=(7, 6))
-    labels = labels.cpu()
+    figure = Figure(figsize=(7, 6))
+    axis, labels = figure.subplots(), labels.cpu()
     for label, name in enumerate(classes[:20]):
-        own = x[labels == label]
-        axis.plot(own[:, 0], own[:, 1], "os^Dv<>p*hXP+x1234|_"[label], markersize=3, linestyle="", alpha=0.6,
-                  label=name, color=plt.cm.tab10.colors[label % 10])
+        points = x[labels == label]
+        axis.plot(points[:, 0], points[:, 1], MARKERS[label], markersize=3, linestyle="", alpha=0.6,
+                  label=name, color=f"C{label % 10}")
     axis.set(title=title, xlabel=axes[0], ylabel=axes[1])
     axis.legend(fontsize=8, markerscale=2, bbox_to_anchor=(1.01, 1), loc="upper left")
     save_figure(figure, path)
@@ -480,11 +527,11 @@ def draw_confusion(confusion, classes, path, title):
     share = 100 * counts / counts.sum(1, keepdims=True).clip(min=1)
     few = len(classes) <= 20
     side = 1.6 + 0.5 * len(classes) if few else 9
-    figure, axis = plt.subplots(figsize=(side + 1, side))
+    figure = Figure(figsize=(side + 1, side))
+    axis = figure.subplots()
     picture = axis.imshow(share, cmap="Greys", vmin=0, vmax=100)
     if few:
-        predicted = [*classes, "no class"][:counts.shape[1]]  # scores that belong to none
-        axis.set_xticks(range(len(predicted)), predicted, rotation=45, ha="right")
+        axis.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
         axis.set_yticks(range(len(classes)), classes)
         for (row, column), value in np.ndenumerate(share):
             if value >= 0.05:
@@ -497,31 +544,60 @@ def draw_confusion(confusion, classes, path, title):
 
 # ---------------------------------------------------------------- runs, by their logs
 
+class Run(NamedTuple):
+    folder: Path
+    settings: dict  # of config.json
+    rows: list      # of log.csv: dicts of floats, None where a cell is empty
+    metrics: dict   # of metrics.json
+
+
+# What tells two runs of one kind apart: their results differ by chance alone.
+INCIDENTAL = "seed", "name", "device", "data_dir"
+
+
 def chosen_on(rows):
     """"val" or "test": which images choose the best epoch."""
-    return "test" if rows[0]["val_accuracy"] is None and rows[0]["val_mse"] is None else "val"
+    return "test" if rows[0].get("val_accuracy") is None and rows[0].get("val_mse") is None else "val"
 
 
 def best_row(rows):
-    """The first row of a log with the highest accuracy or, where no classifier was trained, the
-    least MSE: on the held-out images where there are any, else on the test images."""
+    """The row of a log with the highest accuracy or, where no classifier was trained, the least MSE,
+    the last one where epochs tie: on held-out images where there are any, else on the test images."""
     part = chosen_on(rows)
     classified = [row for row in rows if row[f"{part}_accuracy"] is not None]
     if classified:
-        return max(classified, key=lambda row: row[f"{part}_accuracy"])
-    return min(rows, key=lambda row: row[f"{part}_mse"])
+        return max(reversed(classified), key=lambda row: row[f"{part}_accuracy"])
+    return min(reversed(rows), key=lambda row: row[f"{part}_mse"])
+
+
+def read_run(folder):
+    """A Run, from the folder that train.py left. UsageError."""
+    folder = Path(folder)
+    try:
+        with open(folder / "log.csv", newline="") as file:
+            rows = [{key: float(value) if value else None for key, value in row.items()}
+                    for row in csv.DictReader(file)]
+        best_row(rows)["train_classifier"]
+        config, metrics = (json.loads((folder / name).read_text()) for name in ("config.json", "metrics.json"))
+        return Run(folder.resolve(), dict(config["settings"]), rows, metrics)
+    except (OSError, KeyError, ValueError, IndexError, TypeError) as error:
+        raise UsageError(f"{folder}: not the folder of a finished run; expected config.json, log.csv and "
+                         f"metrics.json ({getattr(error, 'strerror', None) or 'unreadable'})") from None
+
+
+def integer_axis(axis):
+    axis.xaxis.get_major_locator().set_params(integer=True)
 
 
 def draw_curves(rows, path, title):
     """Train and test losses and accuracy over the epochs, one panel for each that there is."""
-    panels = [("classifier loss", "classifier", "cross entropy (nats)"),
-              ("autoencoder loss", "autoencoder", "MSE (normalised pixels)"),
-              ("jigsaw loss", "jigsaw", "MSE (normalised pixels)"),
-              ("accuracy", "accuracy", "accuracy (%)")]
-    panels = [panel for panel in panels if any(row[f"test_{panel[1]}"] is not None for row in rows)]
+    panels = [(f"{term.name} loss", term.name, term.unit) for term in losses.TERMS.values()]
+    panels = [panel for panel in (*panels, ("accuracy", "accuracy", "accuracy (%)"))
+              if any(row.get(f"test_{panel[1]}") is not None for row in rows)]
     epochs = [row["epoch"] for row in rows]
-    alone = sum(row["test_accuracy"] is None for row in rows)  # separate training's first half
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), squeeze=False)
+    alone = sum(row["test_accuracy"] is None for row in rows)  # separate training's first part
+    figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (name, key, unit) in zip(axes[0], panels):
         for part, style, colour in (("train", "-", "C0"), ("test", "--", "C1")):
             values = [row[f"{part}_{key}"] for row in rows]
@@ -535,240 +611,468 @@ def draw_curves(rows, path, title):
             axis.axvline(alone + 0.5, color="0.5", linestyle=":", label="classifier from here")
             axis.set_xlim(0.5, len(rows) + 0.5)
         axis.set(title=name, xlabel="epoch", ylabel=unit)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        integer_axis(axis)
         axis.grid(alpha=0.3)
         axis.legend()
     figure.suptitle(title)
-    figure.tight_layout()
     save_figure(figure, path)
 
 
-def read_run(folder):
-    """(log rows, metrics) of a run folder, as train.py left them. UsageError."""
-    try:
-        with open(Path(folder, "log.csv"), newline="") as file:
-            rows = [{key: float(value) if value else None for key, value in row.items()}
-                    for row in csv.DictReader(file)]
-        best_row(rows)["train_classifier"]
-        return rows, json.loads(Path(folder, "metrics.json").read_text())
-    except (OSError, KeyError, ValueError, IndexError, TypeError) as error:
-        raise UsageError(f"{folder}: not the folder of a run that has ended; expected log.csv and "
-                         f"metrics.json ({getattr(error, 'strerror', None) or 'unreadable'})") from None
+# ---------------------------------------------------------------- many runs, compared
+
+def t_quantile(freedom, level=0.95):
+    """The t with probability `level` between -t and t, for Student's distribution with that many
+    degrees of freedom (any number from 1): with t = sqrt(freedom) tan(a) the density of the angle a
+    is proportional to cos(a)^(freedom - 1)."""
+    angle = np.linspace(0, np.pi / 2, 200_001)
+    density = np.cos(angle) ** (freedom - 1)
+    mass = np.concatenate([[0], np.cumsum(density[1:] + density[:-1])])
+    return math.sqrt(freedom) * math.tan(np.interp(level, mass / mass[-1], angle))
 
 
-def compare(folders, output):
-    """Prints a markdown table of runs and draws their classifier losses, train and test, in one
-    picture; both go into the folder `output` too."""
-    runs = {Path(folder).resolve().name: read_run(folder) for folder in folders}
-    lines = ["| run | epochs | accuracy, last | best | classifier loss, train | test | PSNR | parameters "
-             "| s per epoch |", "|---|---|---|---|---|---|---|---|---|"]
-    for name, (rows, metrics) in runs.items():
-        last, best = rows[-1], best_row(rows)
+def mean_interval(values):
+    """(mean, half the width of its 95 % t interval) of two or more numbers."""
+    values = np.asarray(values, dtype=float)
+    return values.mean(), t_quantile(len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
 
-        def text(value, digits=2, unit=""):
-            return "–" if value is None else f"{value:.{digits}f}{unit}"
-        chosen = f" (on {chosen_on(rows)}, epoch {best['epoch']:.0f})" if best["test_accuracy"] else ""
-        lines.append(f"| {name} | {len(rows)} | {text(last['test_accuracy'])} "
-                     f"| {text(best['test_accuracy'])}{chosen} "
-                     f"| {text(last['train_classifier'], 4)} | {text(last['test_classifier'], 4)} "
-                     f"| {text(last['test_psnr'], 1, ' dB')} | {metrics['parameters']:,} "
-                     f"| {metrics['seconds_per_epoch']:.1f} |")
+
+def difference_interval(values, reference):
+    """(mean difference, half the width of its 95 % interval, whether it is paired) of two groups, dicts
+    from seed to number; None where one has a single run. Two or more common seeds are paired; else
+    Welch's interval for independent samples."""
+    common = sorted(set(values) & set(reference))
+    if len(common) > 1:
+        return *mean_interval([values[seed] - reference[seed] for seed in common]), True
+    if min(len(values), len(reference)) < 2:
+        return None
+    a, b = (np.asarray(list(group.values()), dtype=float) for group in (values, reference))
+    variances = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
+    total = sum(variances)
+    freedom = total**2 / (variances[0]**2 / (len(a) - 1) + variances[1]**2 / (len(b) - 1)) if total else 1
+    return a.mean() - b.mean(), t_quantile(freedom) * math.sqrt(total), False
+
+
+def verdict(interval):
+    """Whether a difference is an improvement: "yes" or "no" only where its interval excludes 0."""
+    if interval is None or abs(interval[0]) <= interval[1]:
+        return "not shown"
+    return "yes" if interval[0] > 0 else "no"
+
+
+def collect(paths):
+    """The Runs of run folders, or of folders of them; unfinished ones of a folder are named and left
+    out. UsageError."""
+    runs = []
+    for path in map(Path, paths):
+        inner = sorted(each.parent for each in path.glob("[!.]*/config.json"))
+        if (path / "config.json").exists() or not inner:
+            runs.append(read_run(path))
+            continue
+        finished = [folder for folder in inner if (folder / "metrics.json").exists()]
+        for folder in sorted(set(inner) - set(finished)):
+            print(f"evaluate.py: {folder} is left out: it has not finished", file=sys.stderr)
+        runs += map(read_run, finished)
+    if not runs:
+        raise UsageError(f"{' '.join(map(str, paths))}: no finished run there")
+    return runs
+
+
+def kind_of(settings, *ignored):
+    """What runs have in common that differ by chance alone, as a text to compare; a setting that is off counts
+    as one that is missing, as in runs older than it."""
+    return json.dumps({key: value for key, value in settings.items()
+                       if value and key not in (*INCIDENTAL, *ignored)}, sort_keys=True)
+
+
+def group_runs(runs):
+    """{name: {seed: Run}}, runs that differ in their seed alone in one group. A name is the folder's, less
+    what all groups have in it; groups of one name are told apart by their parent folders. Of runs with
+    the same seed the last one counts."""
+    kinds = {}
+    for run in runs:
+        kinds.setdefault(kind_of(run.settings), {})[run.settings["seed"]] = run
+    groups = {}
+    for seeds in kinds.values():
+        folder = next(iter(seeds.values())).folder
+        name = re.sub(r"(_seed\d+)?(_run\d+)?$", "", folder.name)
+        while name in groups:
+            folder = folder.parent
+            name = f"{folder.name}/{name}" if folder.name else f"{name}'"
+        groups[name] = seeds
+    shared = set.intersection(*(set(name.split("_")[1:]) for name in groups)) if len(groups) > 1 else set()
+    short = {"_".join(part for i, part in enumerate(name.split("_")) if i == 0 or part not in shared): seeds
+             for name, seeds in groups.items()}
+    return short if len(short) == len(groups) else groups
+
+
+def result_of(run, key):
+    """A figure of a run by its dotted name in metrics.json, else None."""
+    value = run.metrics
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def spread(group, key, digits, unit=""):
+    """The figure of a group's runs as text: a number, or mean ± standard deviation."""
+    values = [result_of(run, key) for run in group.values()]
+    if None in values:
+        return ""
+    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(set(values)) > 1 else ""
+    return f"{np.mean(values):,.{digits}f}{deviation}{unit}"
+
+
+COLUMNS = [("accuracy, last (%)", "accuracy.last", 2), ("best (%)", "accuracy.best", 2),
+           ("MSE", "reconstruction.mse", 6), ("PSNR (dB)", "reconstruction.psnr", 2), ("code", "code", 0),
+           ("parameters", "parameters", 0), ("MB", "megabytes", 1), ("s per epoch", "seconds_per_epoch", 1)]
+
+
+def references(groups, against):
+    """{name: name of the group that it is compared with}. against: a group's name, or SETTING=VALUE: each
+    group with the one that differs from it in that setting alone. UsageError."""
+    setting, _, value = against.partition("=")
+    if not value:
+        if against not in groups:
+            raise UsageError(f"--against {against}: expected SETTING=VALUE or one of {' '.join(groups)}")
+        return {name: against for name in groups if name != against}
+    pairs, firsts = {}, {name: next(iter(group.values())).settings for name, group in groups.items()}
+    for name, settings in firsts.items():
+        for other, candidate in firsts.items():
+            if (other != name and f"{candidate.get(setting)}" in (value, f"{value}.0")
+                    and kind_of(candidate, setting) == kind_of(settings, setting)):
+                pairs[name] = other
+    if not pairs:
+        raise UsageError(f"--against {against}: no two groups differ in {setting} alone, one of them with {value}")
+    return pairs
+
+
+def compare(paths, output, against=None):
+    """Groups runs that differ in their seed alone; prints a table of their results with differences
+    and 95 % intervals, and saves it with pictures in `output`: comparison.md, comparison.png, and
+    sheet.png where all reconstruct the same data. Returns the groups."""
+    groups = group_runs(collect(paths))
+    pairs = references(groups, against or next(iter(groups)))
+    key = "accuracy.last" if all("accuracy" in run.metrics for group in groups.values()
+                                 for run in group.values()) else "reconstruction.psnr"
+    lines, cells = [["run", "n", *(title for title, *_ in COLUMNS), "difference", "better", "than"]], []
+    for name, group in groups.items():
+        interval = None
+        if name in pairs:
+            values = [{seed: result_of(run, key) for seed, run in each.items()}
+                      for each in (group, groups[pairs[name]])]
+            if all(None not in each.values() for each in values):
+                interval = difference_interval(*values)
+        text = f"{interval[0]:+.2f} ± {interval[1]:.2f}{'' if interval[2] else ' (unpaired)'}" if interval else ""
+        cells.append([name, str(len(group)), *(spread(group, *column) for _, *column in COLUMNS), text,
+                      verdict(interval) if interval else "", pairs.get(name, "") if interval else ""])
+    kept = [i for i in range(len(lines[0])) if any(row[i] for row in cells)]  # no empty columns
+    lines = ["| " + " | ".join(row[i] for i in kept) + " |" for row in lines + cells]
+    lines.insert(1, "|" + "---|" * len(kept))
+    what = "accuracy, last (%)" if key.startswith("accuracy") else "PSNR (dB)"
+    chosen = sorted({chosen_on(run.rows) for group in groups.values() for run in group.values()})
+    lines += ["", f"± after a result: standard deviation of n runs. difference: in {what}, runs of the same seed "
+              f"paired, ± half its 95 % t interval. best: the best epoch, chosen on {' or '.join(chosen)}."]
     print("\n".join(lines))
-    figure, axis = plt.subplots(figsize=(7, 4.5))
-    for i, (name, (rows, _)) in enumerate(runs.items()):
-        epochs = [row["epoch"] for row in rows]
-        for part, style in (("train", "-"), ("test", "--")):
-            axis.plot(epochs, [row[f"{part}_classifier"] for row in rows], style, color=f"C{i}",
-                      marker="osv^Dx+*"[i % 8], markevery=max(1, len(rows) // 8), markersize=4,
-                      label=f"{name}, {part}")
-    axis.set(title="classifier loss", xlabel="epoch", ylabel="cross entropy (nats)")
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
     output.mkdir(parents=True, exist_ok=True)
-    save_figure(figure, output / "comparison.png")
-    write_whole(output / "comparison.md", lambda part: part.write_text("\n".join(lines) + "\n"))
+    write_whole(output / "comparison.md", lambda part: part.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+    draw_comparison(groups, output / "comparison.png")
+    draw_all(groups, output / "sheet.png")
+    return groups
 
 
-def draw_sweep(folders, output, title):
-    """Prints a markdown table of runs of autoencoders; draws their errors against code size, depth or
-    kind, whichever differs (sweep.png), and what each makes of the same test images (sheet.png), into `output`."""
-    lines = ["| version | code | layers | parameters | MB | s per epoch | MSE | PSNR |",
-             "|---|---|---|---|---|---|---|---|"]
-    points, rows = [], []
-    for folder in folders:
-        (_, metrics), (model, content) = read_run(folder), load_checkpoint(folder / "last.pt")
-        settings, errors = content["settings"], metrics["reconstruction"]
-        depth = sum(bool(list(layer.parameters(recurse=False))) for layer in model.encoder.modules())
-        points.append((settings["version"], math.prod(model.code_shape), depth, errors["mse"]))
-        lines.append("| {} | {} | {} + {} | {:,} | {:.1f} | {:.1f} | {:.6f} | {:.2f} dB |".format(
-            *points[-1][:3], depth, metrics["parameters"], metrics["megabytes"], metrics["seconds_per_epoch"],
-            errors["mse"], errors["psnr"]))
-        if not rows:
-            dataset = load_data(settings, test_only=True)
-            chosen, names = (each[:10] for each in first_of_each(dataset))
-            images = data.normalise(dataset.test.images[chosen], **view(settings))
-        rows.append(rebuild(model, images, settings))
-    print("\n".join(lines))
-    write_whole(output / "sweep.md", lambda part: part.write_text("\n".join(lines) + "\n"))
-    draw_sheet([*rows, data.to_pixels(images, settings["scale"])], names, output / "sheet.png",
-               f"{title} on {dataset.name}: test images, their originals below",
-               [*(point[0] for point in points), "original"])
-    names, codes, depths, errors = zip(*points)
-    figure, axis = plt.subplots(figsize=(5.5, 3.8))
-    if len(set(codes)) > 1:
-        axis.plot(codes, errors, "ko-", markersize=5)
-        axis.set(xlabel="values of the code", xscale="log", xticks=codes, xticklabels=codes)
-        axis.minorticks_off()
-    elif len(set(depths)) > 1:
-        axis.plot(depths, errors, "ko-", markersize=5)
-        axis.set(xlabel="layers in the encoder, and in the decoder", xticks=depths)
-    else:
-        axis.bar(names, errors, color="0.6")
-        axis.set(xlabel="kind")
-    axis.set(title=f"{title} on {dataset.name}", ylabel="MSE of the test images (pixels of 0-1)", ylim=(0, None))
-    axis.grid(axis="y", alpha=0.3)
-    save_figure(figure, output / "sweep.png")
+def draw_comparison(groups, path):
+    """The groups' accuracy and PSNR: each run a dot, their mean with its 95 % interval; below, where the
+    groups are few, their losses over the epochs (mean; the band is from the least to the most)."""
+    panels = [(title, key) for title, key, _ in COLUMNS if key in ("accuracy.last", "reconstruction.psnr")
+              and any(result_of(run, key) is not None for group in groups.values() for run in group.values())]
+    curves = [term for term in losses.TERMS.values() if term.name in ("classifier", "autoencoder")
+              and any(row.get(f"test_{term.name}") is not None for group in groups.values()
+                      for run in group.values() for row in run.rows)] if len(groups) <= 6 else []
+    height = 1.2 + 0.3 * len(groups)
+    figure = Figure(figsize=(11, height + 4.4 * bool(curves)), layout="constrained")
+    ratios = [height, 4.4] if curves else [height]
+    parts = figure.subfigures(len(ratios), 1, squeeze=False, height_ratios=ratios)[:, 0]
+    for axis, (title, key) in zip(parts[0].subplots(1, len(panels), squeeze=False, sharey=True)[0], panels):
+        for place, group in enumerate(groups.values()):
+            values = [value for run in group.values() if (value := result_of(run, key)) is not None]
+            axis.plot(values, [place] * len(values), ".", color="0.6" if len(values) > 1 else "k")
+            if len(values) > 1:
+                mean, half = mean_interval(values)
+                axis.errorbar(mean, place, xerr=half, fmt="kd", markersize=5, capsize=3)
+        axis.set(xlabel=title.replace("%", "% of the test images"), yticks=range(len(groups)),
+                 yticklabels=list(groups), ylim=(len(groups) - 0.5, -0.5))
+        axis.grid(alpha=0.3)
+    if curves:
+        for axis, term in zip(parts[1].subplots(1, len(curves), squeeze=False)[0], curves):
+            for i, (name, group) in enumerate(groups.items()):
+                draw_band(axis, group, term.name, name, f"C{i}", MARKERS[i])
+            axis.set(title=f"{term.name} loss", xlabel="epoch", ylabel=term.unit)
+            integer_axis(axis)
+            axis.grid(alpha=0.3)
+        handles, labels = axis.get_legend_handles_labels()
+        parts[1].legend(handles, labels, fontsize=8, loc="outside lower center", ncols=2)
+    save_figure(figure, path)
+
+
+def draw_band(axis, group, key, name, colour, marker):
+    """A group's training (solid) and test (dashed) loss over the epochs, with a band over its runs."""
+    for part, style in (("train", "-"), ("test", "--")):
+        count = min(len(run.rows) for run in group.values())
+        curves = np.array([[run.rows[i].get(f"{part}_{key}") for i in range(count)] for run in group.values()], float)
+        epochs = np.arange(1, count + 1)
+        axis.plot(epochs, curves.mean(0), style, color=colour, marker=marker, markersize=4,
+                  markevery=max(1, count // 8), label=f"{name}, {part}")
+        axis.fill_between(epochs, curves.min(0), curves.max(0), color=colour, alpha=0.15, linewidth=0)
+
+
+def draw_all(groups, path):
+    """sheet.png: what each group's first run makes of the same test images, originals below; only where at
+    most eight groups have trained decoders on one data set, and that is still there."""
+    loaded = []
+    for name, group in groups.items():
+        folder = next(iter(group.values())).folder
+        if (folder / "last.pt").exists():
+            loaded.append((name, *load_checkpoint(folder / "last.pt")))
+    views = {(content["settings"].dataset, *map(str, preparation(content["settings"]).values()),
+              tuple(model.version.in_shape)) for _, model, content in loaded}
+    if len(views) != 1 or len(loaded) != len(groups) or len(loaded) > 8 or any(
+            "decoder" not in content["trained"] for *_, content in loaded):
+        return
+    s = loaded[0][2]["settings"]
+    try:
+        dataset = prepare_data(s, test_only=True)
+    except data.DataError:
+        return  # no longer there
+    chosen, names = (each[:10] for each in first_of_each(dataset))
+    images = data.normalise(dataset.test.images[chosen], **preparation(s))
+    rows = [(name, rebuild(model, images, content["settings"])) for name, model, content in loaded]
+    draw_sheet([*rows, ("original", data.to_pixels(images, s.scale))], names, path,
+               f"{dataset.name}: reconstructions of test images")
 
 
 # ---------------------------------------------------------------- python evaluate.py
 
-def rebuilds(settings):
-    """Whether a run of these settings trains its decoder."""
-    return settings["beta"] > 0 or settings["delta"] > 0
-
-
 def classify_pictures(model, content, paths, device, folder):
     """Prints each picture's most likely classes and saves it as the network saw it, with its
-    reconstruction. Returns a list of plain dicts, one for each picture."""
-    settings, (channels, height, width) = content["settings"], model.version.in_shape
-    arrays = [data.read_image(path, channels, fit=(height, width)) for path in paths]
+    reconstruction. The pictures are prepared as the test images are. Returns (a list of plain dicts,
+    one for each picture; their codes (N, values))."""
+    s, (channels, *shape) = content["settings"], content["image_shape"]
+    images = [data.read_picture(path, channels, fit=shape, blur=s.blur) for path in paths]
     folder.mkdir(parents=True, exist_ok=True)
-    results = []
-    for i, (path, array) in enumerate(zip(paths, arrays)):
-        image = torch.from_numpy(array.copy()).permute(2, 0, 1)[None].to(device)
-        image = data.normalise(image, scale=settings["scale"])
+    results, codes = [], []
+    for i, (path, image) in enumerate(zip(paths, images)):
+        image = data.normalise(image.to(device), **preparation(s))
         result = {"image": str(path)}
-        if settings["alpha"]:
-            with torch.no_grad(), autocast(device, settings["precision"]):
-                logits, _ = model(image, reconstruct=False)
-            chances = logits[0].float().softmax(0)[:model.num_classes]
+        with torch.no_grad(), autocast(device, s.precision):
+            logits, _ = model(image, reconstruct=False)
+            codes.append(model.encode(image).flatten(1).float().cpu())
+        if "classifier" in content["trained"]:
+            chances = logits[0].float().softmax(0)
             best = chances.argsort(descending=True)[:3].tolist()
             result["classes"] = {content["classes"][k]: chances[k].item() for k in best}
             print(f"{path}: " + ", ".join(f"{name} {100 * chance:.1f}%"
                                           for name, chance in result["classes"].items()))
-        if rebuilds(settings):
-            stem = folder / f"{i}_{_file_name(Path(path).stem)}"
-            _save_picture(data.to_pixels(image, settings["scale"])[0], Path(f"{stem}.png"))
-            _save_picture(rebuild(model, image, settings)[0], Path(f"{stem}_recon.png"))
+        if "decoder" in content["trained"]:
+            stem = folder / f"{i}_{file_name(Path(path).stem)}"
+            save_picture(data.to_pixels(image, s.scale)[0], Path(f"{stem}.png"))
+            save_picture(rebuild(model, image, s)[0], Path(f"{stem}_recon.png"))
             result["reconstruction"] = f"{stem}_recon.png"
             print(f"{path}: reconstruction in {stem}_recon.png")
         results.append(result)
-    return results
+    return results, torch.cat(codes)
 
 
-def report(model, content, settings, device, folder, ks):
+def match_classes(dataset, classes):
+    """The Dataset with its labels renumbered to the order of the checkpoint's classes, by name (if need be,
+    by its letters and digits alone). A set without names of its own keeps its numbers. UsageError."""
+    if len(dataset.classes) != len(classes):
+        raise UsageError(f"--dataset {dataset.name}: has {len(dataset.classes)} classes, the checkpoint "
+                         f"{len(classes)}")
+    if not dataset.named:
+        dataset.classes = classes
+        return dataset
+    keys = [dataset.classes, classes]
+    if sorted(keys[0]) != sorted(keys[1]):
+        keys = [[re.sub(r"[^a-z0-9]", "", name.lower()) for name in names] for names in keys]
+    if sorted(keys[0]) != sorted(keys[1]) or len(set(keys[1])) < len(classes):
+        different = next(name for name, key in zip(dataset.classes, keys[0])
+                         if key not in keys[1] or keys[0].count(key) > 1 or keys[1].count(key) > 1)
+        raise UsageError(f"--dataset {dataset.name}: its class {different!r} is none of the checkpoint's: "
+                         f"{' '.join(classes)}")
+    number = torch.tensor([keys[1].index(key) for key in keys[0]])
+    for part in ("train", "test"):
+        split = getattr(dataset, part)
+        setattr(dataset, part, data.Split(split.images, number[split.labels]))
+    dataset.classes = classes
+    return dataset
+
+
+def load_test(model, content, device, with_train=False):
+    """The checkpoint's Dataset (its test part, or both) on the device, checked against the network.
+    Completes the settings. UsageError."""
+    s = content["settings"]
+    dataset = match_classes(prepare_data(s, test_only=not with_train), content["classes"])
+    channels, height, width = model.version.in_shape
+    if "image folder" in dataset.source and channels == 3:  # its test pictures alone may all be grey
+        dataset = dataset.map(lambda split: data.Split(split.images.expand(-1, 3, -1, -1), split.labels))
+    shape = dataset.test.images.shape[1:]
+    if s.size is None and tuple(shape[1:]) != (height, width):
+        s.size = height
+    if shape[0] != channels or (s.size and height != width):
+        raise UsageError(f"--dataset {s.dataset}: has images of {'x'.join(map(str, shape))}, "
+                         f"the checkpoint takes {channels}x{height}x{width}")
+    return dataset.to(device)
+
+
+MEASURES = [("MSE", "mse", "{:.6f}"), ("MAE", "mae", "{:.5f}"), ("PSNR", "psnr", "{:.2f} dB"),
+            ("PSNR of the noisy input", "noisy_psnr", "{:.2f} dB"),
+            ("absolute error per image", "absolute_error", "{:.2f}"),
+            ("|sum of errors| per image", "net_error", "{:.2f}")]
+
+
+def report(model, content, dataset, folder, ks):
     """Measures the checkpoint on the test images, draws, prints. ks: for kNN, or None. Returns plain
     values."""
-    dataset = load_data(settings, device, test_only=not ks)
-    if len(dataset.classes) != len(content["classes"]):
-        raise UsageError(f"--dataset {settings['dataset']}: has {len(dataset.classes)} classes, the "
-                         f"checkpoint {len(content['classes'])}")
-    if ks and max(ks) > len(dataset.train.labels) * (1 if len(ks) == 1 else 0.9):
-        raise UsageError(f"--knn {max(ks)}: more than the training images ({len(dataset.train.labels):,})")
-    channels, height, width = model.version.in_shape
-    shape = dataset.test.images.shape[1:]
-    if settings["size"] is None and shape[1:] != (height, width):
-        settings["size"] = height
-    if shape[0] != channels or (settings["size"] and height != width):
-        raise UsageError(f"--dataset {settings['dataset']}: has images of {'x'.join(map(str, shape))}, "
-                         f"the checkpoint takes {channels}x{height}x{width}")
-    result = measure(model, dataset.test, settings["precision"], settings["alpha"] > 0, rebuilds(settings),
-                     noise=noise_in_tests(settings), **view(settings))
-    folder.mkdir(parents=True, exist_ok=True)
-    print(f"{settings['version']} after epoch {content['epoch']}, on {len(dataset.test.labels):,} test "
-          f"images of {dataset.name} ({dataset.source})")
-    if result["accuracy"] is not None:
-        print(f"accuracy                  {result['accuracy']:>10.2f} %")
-        result["per_class"] = per_class(result["confusion"], dataset.classes)
+    s, trained, count = content["settings"], content["trained"], len(dataset.test.labels)
+    result = measure(model, dataset.test, s, "classifier" in trained, "decoder" in trained)
+    print(f"{s.version} after epoch {content['epoch']}, on {count:,} test images of {dataset.name} "
+          f"({dataset.source})")
+    if "accuracy" in result:
+        largest = max(map(sum, result["confusion"])) / count
+        print(f"{'accuracy':<28}{result['accuracy']:>10.2f} %  (the largest class alone: {100 * largest:.2f} %)")
+        result["per_class"] = losses.per_class(result["confusion"], dataset.classes)
         for name, value in result["per_class"].items():
-            print(f"  {name:<24}{value:>10.2f} %" if value is not None else f"  {name:<24}         -")
+            print(f"  {name:<26}" + ("no images" if value is None else f"{value:>10.2f} %"))
         draw_confusion(result["confusion"], dataset.classes, folder / "confusion.png",
-                       f"{settings['version']} on {dataset.name}: accuracy {result['accuracy']:.2f} %")
-    if result["mse"] is not None:
-        print(f"reconstruction, on pixels of 0-1\n"
-              f"  MSE                     {result['mse']:>10.6f}\n"
-              f"  MAE                     {result['mae']:>10.5f}\n"
-              f"  PSNR                    {result['psnr']:>10.2f} dB\n"
-              f"  absolute error per image{result['absolute_error_per_image']:>10.2f}\n"
-              f"  absolute error in total {result['absolute_error_total']:>10.0f}\n"
-              f"  |sum of errors| per image{result['net_error_per_image']:>9.2f}\n"
-              f"  MSE as trained, {settings['scale']:<9}{result['autoencoder']:>9.5f}")
-        draw_reconstructions(model, dataset, settings, folder)
+                       f"{s.version} on {dataset.name}: accuracy {result['accuracy']:.2f} %")
+    elif model.classifier is not None:
+        print("accuracy: none, the classifier is not trained yet")
+    if "mse" in result:
+        print("reconstruction, on pixels of 0-1")
+        for name, key, style in MEASURES:
+            if key in result:
+                number, _, unit = style.format(result[key]).partition(" ")
+                print(f"  {name:<26}{number:>10} {unit}".rstrip())
+        print(f"  {f'MSE as trained ({s.scale})':<26}{result['autoencoder']:>10.5f}")
+        draw_reconstructions(model, dataset, s, folder)
+        if model.variational:
+            draw_variational(model, dataset, s, folder)
     elif model.decoder is not None:
-        print("reconstruction: none, the decoder was not trained (beta 0)")
-    if models.gaussian(model) and rebuilds(settings):
-        draw_variational(model, dataset, settings, folder)
-    some = _drawn_rows(dataset.test, 2000)
-    some = data.Split(*(tensor[some] for tensor in dataset.test))
-    draw_plane(encode(model, some, settings), some.labels, dataset.classes, folder / "codes.png",
-               f"{settings['version']} on {dataset.name}: codes of {len(some.labels):,} test images")
+        print("reconstruction: none, the decoder is not trained")
+    rows = random_rows(dataset.test, 2000)
+    sample = data.Split(*(tensor[rows] for tensor in dataset.test))
+    if len(rows) > 2:
+        draw_plane(encode(model, sample, s), sample.labels, dataset.classes, folder / "codes.png",
+                   f"{s.version} on {dataset.name}: codes of {len(rows):,} test images")
     if ks:
-        result["knn"] = report_knn(model, dataset, settings, ks)
+        result["knn"] = report_knn(model, dataset, s, ks)
     return result
 
 
-def report_knn(model, dataset, settings, ks):
+def report_knn(model, dataset, s, ks):
     """kNN on the codes and on the raw pixels of the training images, printed side by side."""
     results = {}
     for name in ("codes", "pixels"):
-        start = time.perf_counter()
-        points, queries = ([encode(model, split, settings) for split in (dataset.train, dataset.test)]
+        start = seconds(dataset.train.images.device)
+        points, queries = ([encode(model, split, s) for split in (dataset.train, dataset.test)]
                            if name == "codes" else
                            [split.images.flatten(1) for split in (dataset.train, dataset.test)])
-        encoding = time.perf_counter() - start
-        found = knn(points, dataset.train.labels, queries, dataset.test.labels, ks, len(dataset.classes),
-                    settings["seed"])
+        encoding = seconds(points.device) - start
+        found = knn(points, dataset.train.labels, queries, dataset.test.labels, ks, len(dataset.classes), s.seed)
         results[name] = found | {"values": points.shape[1], "seconds_to_encode": encoding}
         print(f"kNN on {name:<7}{points.shape[1]:>6} values, k {found['k']:<4}{found['accuracy']:>8.2f} %"
               f"{found['seconds']:>9.2f} s" + f" (and {encoding:.1f} s to encode)" * (name == "codes"))
     return results
 
 
-def report_anomaly(model, content, settings, device, name, folder):
+def report_anomaly(model, content, device, name, folder):
     """How well the reconstruction error tells a class that the training left out: ROC AUC, with
     anomaly.png. Returns plain values."""
-    if not rebuilds(settings):
-        raise UsageError(f"--anomaly {name}: the checkpoint's decoder was not trained (beta 0)")
-    if name in content["classes"]:
-        others = ",".join(each for each in content["classes"] if each != name)
+    s, classes = content["settings"], content["classes"]
+    if "decoder" not in content["trained"]:
+        raise UsageError(f"--anomaly {name}: the checkpoint's decoder is not trained (beta 0)")
+    if name in classes:
+        others = ",".join(each for each in classes if each != name)
         raise UsageError(f"--anomaly {name}: the checkpoint was trained with that class; train one without "
                          f"it: --classes {others}")
-    dataset = load_data(settings | {"classes": [*content["classes"], name]}, device, test_only=True)
-    errors = image_errors(model, dataset.test, settings)
-    odd = dataset.test.labels == dataset.classes.index(name)
-    auc = roc_auc(errors[odd], errors[~odd])
+    s.classes = [*classes, name]
+    dataset = prepare_data(s, test_only=True).to(device)
+    unseen = dataset.test.labels == dataset.classes.index(name)
+    if unseen.all() or not unseen.any():
+        raise UsageError(f"--anomaly {name}: no test image of that class, or of no other; expected both")
     folder.mkdir(parents=True, exist_ok=True)
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 4))
-    bins = torch.linspace(0, errors.quantile(0.99).item(), 40).numpy()
-    for own, label, style in ((~odd, "the trained classes", "-"), (odd, name, "--")):
-        axes[0].hist(errors[own].cpu().numpy(), bins, density=True, histtype="step", label=label,
+    scores = image_errors(model, dataset.test, s)
+    auc = losses.roc_auc(scores[unseen], scores[~unseen])
+    figure = Figure(figsize=(9.5, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    bins = torch.linspace(0, scores.quantile(0.99).item(), 40).numpy()
+    for chosen, label, style in ((~unseen, "the trained classes", "-"), (unseen, name, "--")):
+        axes[0].hist(scores[chosen].cpu().numpy(), bins, density=True, histtype="step", label=label,
                      linestyle=style)
     axes[0].set(title="reconstruction error", xlabel="MSE of an image (pixels of 0-1)", ylabel="density")
     axes[0].legend()
-    order = odd[errors.argsort(descending=True)].cpu().double()
+    order = unseen[scores.argsort(descending=True)].cpu().double()
     axes[1].plot(((1 - order).cumsum(0) / (1 - order).sum()).numpy(), (order.cumsum(0) / order.sum()).numpy())
     axes[1].plot([0, 1], [0, 1], ":", color="0.5")
-    axes[1].set(title=f"ROC, AUC {auc:.3f}", xlabel="share of the others above the threshold",
-                ylabel=f"share of {name} above it")
-    figure.suptitle(f"{settings['version']} on {dataset.name}, trained without {name}")
-    figure.tight_layout()
+    axes[1].set(title=f"ROC, AUC {auc:.3f}", xlabel="share of the trained classes above the threshold",
+                ylabel=f"share of {name} above the threshold")
+    figure.suptitle(f"{s.version} on {dataset.name}, trained without {name}")
     save_figure(figure, folder / "anomaly.png")
-    result = {"class": name, "auc": auc, "mse": errors[odd].mean().item(),
-              "mse_others": errors[~odd].mean().item()}
-    print(f"{settings['version']} on {dataset.name}: mean squared error of {name} {result['mse']:.6f}, of "
+    result = {"class": name, "auc": auc, "mse": scores[unseen].mean().item(),
+              "mse_others": scores[~unseen].mean().item()}
+    print(f"{s.version} on {dataset.name}: mean squared error of {name} {result['mse']:.6f}, of "
           f"the trained classes {result['mse_others']:.6f}\nROC AUC {auc:.4f}")
     return result
+
+
+def write_codes(path, **arrays):
+    """An .npz of plain arrays, which np.load reads without pickles."""
+    def write(part):
+        with open(part, "wb") as file:
+            np.savez(file, **arrays)
+    write_whole(path, write)
+    print(f"saved codes in {path}: {' '.join(f'{name} {array.shape}' for name, array in arrays.items())}")
+
+
+def evaluate(args):
+    """What --ckpt asks for. Returns the folder of the report."""
+    keep_freed_memory()
+    model, content = load_checkpoint(args.ckpt)
+    device, s = pick_device(args.device), content["settings"]
+    if s.precision != "fp32":
+        s.precision = pick_precision("auto", device)
+    if args.dataset:
+        s.dataset, s.classes, s.test_size, s.train_size = args.dataset, None, None, None
+        s.labels, s.val_share, s.variant = None, 0.0, "complete"
+    if args.data_dir or not Path(s.data_dir).is_dir():
+        s.data_dir = args.data_dir or "data"
+    if args.codes and (not Path(args.codes).parent.is_dir() or Path(args.codes).is_dir()):
+        raise UsageError(f"--codes {args.codes}: expected a file to write in a folder that exists")
+    model = model.to(device)
+    folder = Path(args.output or Path(args.ckpt).parent / f"evaluation-{Path(args.ckpt).stem}")
+    if args.images:
+        folder /= "images"
+        result, codes = classify_pictures(model, content, args.images, device, folder)
+        if args.codes:
+            write_codes(args.codes, codes=codes.numpy(), files=np.array(args.images),
+                        classes=np.array(content["classes"]))
+    elif args.anomaly:
+        folder /= f"anomaly-{file_name(args.anomaly)}"
+        result = report_anomaly(model, content, device, args.anomaly, folder)
+    else:
+        dataset = load_test(model, content, device, with_train=bool(args.knn or args.codes))
+        count = len(dataset.train.labels)
+        if args.knn and max(args.knn) > count * (1 if len(args.knn) == 1 else 0.9):
+            raise UsageError(f"--knn {max(args.knn)}: more than the training images ({count:,})")
+        folder.mkdir(parents=True, exist_ok=True)
+        result = report(model, content, dataset, folder, args.knn)
+        if args.codes:
+            arrays = {f"{part}{name}": array for part, split in (("", dataset.test), ("train_", dataset.train))
+                      for name, array in (("codes", encode(model, split, s).cpu().numpy()),
+                                          ("labels", split.labels.cpu().numpy()))}
+            write_codes(args.codes, **arrays, classes=np.array(content["classes"]))
+    write_json(folder / "report.json", result)
+    return folder
 
 
 def numbers(text):
@@ -778,12 +1082,21 @@ def numbers(text):
     return [int(each) for each in text.split(",")]
 
 
-def main(argv):
-    parser = argparse.ArgumentParser(description="Measures a checkpoint of train.py, or compares runs.")
+def fail(message):
+    """An ArgumentParser's `error`."""
+    raise UsageError(message)
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description="Measures a checkpoint of train.py, or compares runs.",
+                                     allow_abbrev=False)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--ckpt", help="a checkpoint, e.g. outputs/v4/best.pt")
-    source.add_argument("--compare", nargs="+", metavar="RUN", help="draw the classifier losses of these run "
-                        "folders in one picture, with a table of their results")
+    source.add_argument("--compare", nargs="+", metavar="RUN", help="run folders, or folders of them: a table and "
+                        "pictures of their results; runs that differ in their seed alone are one group")
+    parser.add_argument("--against", metavar="RUN", help="with --compare: the group that the others are compared "
+                        "with (the first), or SETTING=VALUE, such as beta=0: each group with the one that differs "
+                        "from it in that setting alone")
     parser.add_argument("--images", nargs="+", metavar="PICTURE",
                         help="classify and rebuild these pictures, instead of the test images")
     parser.add_argument("--knn", type=numbers, metavar="K[,K...]",
@@ -791,56 +1104,38 @@ def main(argv):
                         "several k the best on held-out training images")
     parser.add_argument("--anomaly", metavar="CLASS", help="how well the reconstruction error tells this "
                         "class, which the training left out, from the others")
-    parser.add_argument("--dataset", help="another data set than the checkpoint's")
-    parser.add_argument("--data-dir", help="where named sets lie (default: where training found them)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
+    parser.add_argument("--codes", metavar="FILE.npz", help="write the codes and labels of the test and training "
+                        "images, or the codes of --images, as plain arrays")
+    parser.add_argument("--dataset", help="another data set than the checkpoint's, with the same classes")
+    parser.add_argument("--data-dir", help="where named sets are (default: where training found them)")
+    parser.add_argument("--device", help="auto, cpu, cuda, cuda:1 (default: auto)")
     parser.add_argument("--output", help="where the report goes (default: a folder evaluation-best "
                         "beside best.pt; a folder comparison beside the first run)")
-    parser.error = lambda message: stop("evaluate.py", message)
-    args = parser.parse_args(argv)
-    try:
+    parser.error = fail
+    return parser
+
+
+# Flags that exclude others, which would do nothing beside them.
+EXCLUDED = {"compare": ("images", "knn", "anomaly", "codes", "dataset", "data_dir", "device"),
+            "images": ("knn", "anomaly", "dataset", "data_dir"), "anomaly": ("knn", "codes"), "ckpt": ("against",)}
+
+
+def main(argv):
+    with errors("evaluate.py"):
+        args = make_parser().parse_args(argv)
+        for flag, excluded in EXCLUDED.items():
+            for other in excluded:
+                if getattr(args, flag) and getattr(args, other):
+                    raise UsageError(f"--{other.replace('_', '-')}: has no effect with --{flag}; leave one out")
+        args.device = args.device or "auto"
         if args.compare:
-            folder = Path(args.output or Path(args.compare[0]).resolve().parent / "comparison")
-            compare(args.compare, folder)
+            first = Path(args.compare[0]).resolve()
+            folder = Path(args.output or (first.parent if (first / "config.json").exists() else first) / "comparison")
+            compare(args.compare, folder, args.against)
         else:
-            folder = Path(args.output or Path(args.ckpt).parent / f"evaluation-{Path(args.ckpt).stem}")
-            folder = evaluate(args, folder)
-    except (*USER_ERRORS, Stopped) as error:
-        stop("evaluate.py", error)
-    except OSError as error:
-        stop("evaluate.py", f"{error.filename}: {error.strerror}")
-    print(f"saved in {folder}")
+            folder = evaluate(args)
+        print(f"saved in {folder}")
     return 0
-
-
-def evaluate(args, folder):
-    """What --ckpt asks for: a report of the test images or of --images. Returns its folder."""
-    keep_freed_memory()
-    model, content = load_checkpoint(args.ckpt)
-    device, settings = pick_device(args.device), content["settings"]
-    if settings["precision"] != "fp32":
-        settings["precision"] = pick_precision("auto", device)
-    if args.dataset:
-        settings |= {"dataset": args.dataset, "classes": None, "test_size": None}
-    if args.data_dir or not Path(settings["data_dir"]).is_dir():
-        settings["data_dir"] = args.data_dir or "data"
-    model = model.to(device).eval()
-    if args.images:
-        folder /= "images"
-        result = classify_pictures(model, content, args.images, device, folder)
-    elif args.anomaly:
-        folder /= f"anomaly-{_file_name(args.anomaly)}"
-        result = report_anomaly(model, content, settings, device, args.anomaly, folder)
-    else:
-        result = report(model, content, settings, device, folder, args.knn)
-    write_json(folder / "report.json", result)
-    return folder
-
-
-def stop(program, message):
-    """Ends the program with one line on stderr and status 2."""
-    print(f"{program}: error: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == "__main__":

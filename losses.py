@@ -1,17 +1,22 @@
-"""The terms of the loss and their weighted sum.
+"""What is minimised and what is reported: the terms of the loss, their weighted sum, error measures.
 
     loss = (alpha * classifier_loss + beta * autoencoder_loss + gamma * l2_reg_loss
             + delta * jigsaw_recon_loss + kl * kl_loss)
 
-    total, terms = weighted_loss(1.0, 1.0, 0.0, logits=logits, labels=labels,
+    total, terms = weighted_loss({"alpha": 1.0, "beta": 0.5}, logits=logits, labels=labels,
                                  reconstruction=reconstruction, images=images)
 
-alpha = 0 trains an autoencoder alone, beta = 0 a classifier alone. Every loss is computed in
-float32, whatever precision the network ran in. This file needs torch alone.
+alpha = 0 trains an autoencoder alone, beta = 0 a classifier alone. A new term is a function and a
+row of TERMS; train.py takes its flag, its column in the log and its curve from that row. Every loss
+is computed in float32, whatever precision the network ran in. This file depends only on torch.
 """
+from typing import Callable, NamedTuple
+
 import torch
 import torch.nn.functional as F
 
+
+# ---------------------------------------------------------------- what is minimised
 
 def classifier_loss(logits, labels, class_weights=None):
     """Mean cross entropy. logits (B, classes), any float; labels (B,) int64.
@@ -21,14 +26,6 @@ def classifier_loss(logits, labels, class_weights=None):
     if class_weights is None:
         return F.cross_entropy(logits.float(), labels)
     return F.cross_entropy(logits.float(), labels, class_weights, reduction="sum") / len(labels)
-
-
-def balanced_weights(labels, classes):
-    """Class weights (classes,) float32 by which every class that has images counts the same in the
-    mean over these labels: images / (classes with images * images of the class); 0 for the others."""
-    counts = torch.bincount(labels, minlength=classes)
-    there = counts > 0
-    return torch.where(there, len(labels) / (there.sum() * counts.clamp(min=1)), 0.0)
 
 
 def autoencoder_loss(reconstruction, images):
@@ -45,11 +42,79 @@ def l2_reg_loss(parameters):
     return 0.5 * sum(p.float().square().sum() for p in parameters)
 
 
+def jigsaw_recon_loss(reconstruction, images):
+    """Mean squared error between the reconstruction of jumbled images (see `jumble`) and the whole
+    images. Both (B, C, H, W), normalised. The CIFAR study's; it costs a pass of its own."""
+    return autoencoder_loss(reconstruction, images)
+
+
+def kl_loss(mean, log_variance, images):
+    """Kullback-Leibler divergence of N(mean, variance) from N(0, 1), both (B, units): summed over the
+    code, mean over the batch, divided by the number of values of an image, so that it is on the same
+    scale as the mean squared error. With the weight 2 * s^2 the sum is the evidence bound of a decoder
+    whose pixels have standard deviation s (Kingma and Welling 2014)."""
+    mean, log_variance = mean.float(), log_variance.float()
+    divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1)
+    return divergence.mean() / images[0].numel()
+
+
+class Term(NamedTuple):
+    name: str       # its column in a log
+    loss: Callable  # the function, of the tensors below
+    needs: tuple    # the names of its tensors
+    unit: str       # of its curve
+    help: str       # of the flag that is its weight
+    default: float = 0.0  # of that flag
+
+
+TERMS = {  # the flag: its term
+    "alpha": Term("classifier", classifier_loss, ("logits", "labels", "class_weights"),
+                  "cross entropy (nats)", "weight of the classifier's cross entropy", 1.0),
+    "beta": Term("autoencoder", autoencoder_loss, ("reconstruction", "images"),
+                 "MSE (normalised pixels)", "weight of the reconstruction's mean squared error", 1.0),
+    "gamma": Term("l2", l2_reg_loss, ("parameters",),
+                  "half the sum of squares", "weight of the L2 loss, half the sum of squares of all weights"),
+    "delta": Term("jigsaw", jigsaw_recon_loss, ("jigsaw_reconstruction", "images"),
+                  "MSE (normalised pixels)", "weight of the squared error of images rebuilt from jumbled tiles"),
+    "kl": Term("kl", kl_loss, ("mean", "log_variance", "images"), "KL divergence per value (nats)",
+               "weight of a variational code's KL divergence; 2 s^2 for pixels of standard deviation s"),
+}
+
+
+def needed(weights):
+    """The names of the tensors that these weights (a dict of flags) need."""
+    return {name for flag, term in TERMS.items() if weights.get(flag) for name in term.needs}
+
+
+def weighted_sum(weights, terms):
+    """The sum of the terms (a dict by name: tensors or numbers) times their weights (by flag).
+    Terms that are missing or None do not count."""
+    return sum(weight * terms[TERMS[flag].name] for flag, weight in weights.items()
+               if terms.get(TERMS[flag].name) is not None)
+
+
+def weighted_loss(weights, **tensors):
+    """The weighted sum of the terms, and the terms: (total, {"classifier": ..., ...}).
+
+    weights: by flag, {"alpha": 1.0, "beta": 1.0, ...}. tensors: by name, as the rows of TERMS need
+    them. A term whose weight is 0 is not computed and not in the dict. Raises ValueError for an
+    unknown weight, and where no term has a weight.
+    """
+    unknown = set(weights) - set(TERMS)
+    if unknown:
+        raise ValueError(f"no weight {sorted(unknown)[0]!r}; there are {' '.join(TERMS)}")
+    terms = {term.name: term.loss(*(tensors.get(name) for name in term.needs))
+             for flag, term in TERMS.items() if weights.get(flag)}
+    if not terms:
+        raise ValueError("all weights are 0: there is nothing to train on")
+    return weighted_sum({flag: weight for flag, weight in weights.items() if weight}, terms), terms
+
+
 def jumble(images, grid, order):
     """Images cut into grid x grid tiles that change their places.
 
-    images (B, C, H, W), H and W multiples of grid; order (B, grid * grid): the tile, counted row
-    by row, that comes to each place. jumble(..., order.argsort(1)) puts them back.
+    images (B, C, H, W), H and W multiples of grid; order (B, grid * grid) int64: the tile, counted
+    row by row, that comes to each place. jumble(..., order.argsort(1)) puts them back.
     """
     b, c, h, w = images.shape
     tiles = images.view(b, c, grid, h // grid, grid, w // grid).permute(0, 2, 4, 3, 5, 1).flatten(1, 2)
@@ -58,44 +123,49 @@ def jumble(images, grid, order):
     return rows.reshape(b, h, w, c).permute(0, 3, 1, 2)                   # channels_last
 
 
-def jigsaw_recon_loss(reconstruction, images):
-    """Mean squared error between the reconstruction of jumbled images and the whole ones.
+# ---------------------------------------------------------------- what is reported
 
-    Both (B, C, H, W), normalised. The CIFAR study's; it takes the network through the jumbled
-    images, so it costs a pass of its own.
+def class_counts(labels, classes):
+    """Images of each class, (classes,) int64; labels (N,). Unlike bincount it does not wait for a GPU."""
+    return (labels[:, None] == torch.arange(classes, device=labels.device)).sum(0)
+
+
+def balanced_weights(labels, classes):
+    """Class weights (classes,) float32 by which every class that has images counts the same in the
+    mean over these labels: images / (classes with images * images of the class); 0 for the others."""
+    counts = class_counts(labels, classes)
+    present = counts > 0
+    return torch.where(present, len(labels) / (present.sum() * counts.clamp(min=1)), 0.0)
+
+
+def confusion_matrix(labels, predicted, classes):
+    """Counts [true class][predicted class], (classes, classes) int64; both arguments (N,) int64."""
+    cells = torch.zeros(classes * classes, dtype=torch.int64, device=labels.device)
+    cells.index_add_(0, labels * classes + predicted, torch.ones_like(labels))
+    return cells.view(classes, classes)
+
+
+def per_class(confusion, classes):
+    """Accuracy in percent by class name, from counts [true][predicted]; None without images."""
+    return {name: 100 * row[i] / sum(row) if sum(row) else None
+            for i, (name, row) in enumerate(zip(classes, confusion))}
+
+
+def reconstruction_errors(rebuilt, pixels):
+    """Each image's errors, a dict of (B,) tensors; both arguments (B, C, H, W), pixels of 0-1.
+
+    mse, mae: means over the image's values; psnr in dB, at most 100. absolute_error: the sum over the
+    image's values; net_error: |sum(x - reconstruction)|, in which errors of opposite sign cancel:
+    what the FashionMNIST study calls its mean absolute error.
     """
-    return autoencoder_loss(reconstruction, images)
+    error = (rebuilt - pixels).flatten(1)
+    mse = error.square().mean(1)
+    return {"mse": mse, "mae": error.abs().mean(1), "psnr": -10 * mse.clamp(min=1e-10).log10(),
+            "absolute_error": error.abs().sum(1), "net_error": error.sum(1).abs()}
 
 
-def kl_loss(mean, log_variance, values):
-    """Kullback-Leibler divergence of N(mean, variance) from N(0, 1), summed over the code, mean over
-    the batch, divided by `values`, the values of an image, so that it stands on the scale of the
-    mean squared error. With the weight 2 * s^2 the sum is the evidence bound of a decoder whose
-    pixels have standard deviation s (Kingma and Welling 2014). Both (B, units)."""
-    mean, log_variance = mean.float(), log_variance.float()
-    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean() / values
-
-
-def weighted_loss(alpha=1.0, beta=1.0, gamma=0.0, delta=0.0, kl=0.0, *, logits=None, labels=None,
-                  class_weights=None, reconstruction=None, images=None, parameters=None,
-                  jigsaw_reconstruction=None, mean=None, log_variance=None):
-    """The weighted sum of the terms, and the terms: (total, {"classifier": ..., ...}).
-
-    A term whose weight is 0 is not computed and not in the dict, and its tensors may be None.
-    Raises ValueError where no term has a weight.
-    """
-    terms = {}
-    if alpha:
-        terms["classifier"] = classifier_loss(logits, labels, class_weights)
-    if beta:
-        terms["autoencoder"] = autoencoder_loss(reconstruction, images)
-    if gamma:
-        terms["l2"] = l2_reg_loss(parameters)
-    if delta:
-        terms["jigsaw"] = jigsaw_recon_loss(jigsaw_reconstruction, images)
-    if kl:
-        terms["kl"] = kl_loss(mean, log_variance, images[0].numel())
-    if not terms:
-        raise ValueError("alpha, beta, gamma, delta and kl are all 0: there is nothing to train on")
-    weights = {"classifier": alpha, "autoencoder": beta, "l2": gamma, "jigsaw": delta, "kl": kl}
-    return sum(weights[name] * term for name, term in terms.items()), terms
+def roc_auc(scores, others):
+    """The probability that one of `scores` is above one of `others` (both 1-d), ties counted half."""
+    others = others.sort().values
+    below = torch.searchsorted(others, scores) + torch.searchsorted(others, scores, right=True)
+    return below.double().mean().item() / (2 * len(others))

@@ -2,90 +2,287 @@
 
     python train.py --version v4              # on CIFAR-10, into outputs/v4/
     python train.py --version v4 --beta 0     # the classifier alone, the decoder left out
-    python train.py --resume outputs/v4       # goes on where that run stopped
-    python train.py -h                        # every setting
+    python train.py --version v4 --seeds 5    # five runs, as many at once as is fastest
+    python train.py --resume outputs/v4       # resumes that run
+    python train.py --version vae -h          # every setting, with the defaults of that version
 
-A version has its recipe (the table below); every setting of it has a flag. One run fills one
-folder: config.json, log.csv, metrics.json, curves.png, recon.png, recon/, best.pt, last.pt.
-Under torchrun several processes train one model together.
+From Python, train.run(version="v2", epochs=3) does what the command does. This file has, from top to
+bottom: the table of settings, the recipes and sweeps, the training loop, what a run leaves, one run,
+many runs, the command line. One run fills one folder: config.json, log.csv, metrics.json, curves.png,
+recon.png, recon/, best.pt, last.pt. Under torchrun several processes train one model together.
 """
 import argparse
 import contextlib
 import csv
+import datetime
 import itertools
 import json
 import math
+import multiprocessing
+import multiprocessing.connection
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
+import zlib
 from argparse import Namespace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 import data
+import evaluate
+import losses
 import models
-from evaluate import (USER_ERRORS, Stopped, UsageError, autocast, best_row, chosen_on, draw_curves,
-                      draw_reconstructions, draw_sweep, draw_synthetic, draw_variational, keep_freed_memory,
-                      load_checkpoint, load_data, measure, mine, noise_in_tests, per_class, pick_device,
-                      pick_precision, rebuilds, save_checkpoint, stop, view, write_json, write_whole)
-from losses import balanced_weights, jumble, l2_reg_loss, weighted_loss
+from evaluate import Stopped, UsageError
 
-# Every setting, as the CIFAR study has it, in the order in which they name a run's folder. size
-# None is the images' own; margin: scaled to 8/7 of size, then cropped; scale: of the pixels (see
-# data.SCALES); clean_test: no noise on test images; of separate training, first_share is the
-# autoencoder's share of the epochs, first_decay its weight decay where that is another one.
-STUDY = dict(
-    dataset="cifar10", size=None, margin=False, scale="imagenet", classes=None, train_size=None,
-    test_size=None, val_share=0.0, variant="complete", constrain=None, blur=0.0, noise=0.0,
-    clean_test=False, rotate=0.0, flip=True,
-    encoder=None, classifier=None, no_decoder=False, skip=False, pretrained=None,
-    alpha=1.0, beta=1.0, gamma=0.0, delta=0.0, kl=0.0, jigsaw_grid=4, class_weights=None,
-    optimizer="sgd", lr=0.01, momentum=0.9, weight_decay=1e-4, lr_step=10, lr_decay=0.1, epochs=40,
-    batch_size=32, separate=False, first_share=0.5, first_decay=None, freeze_encoder=True,
-    precision="auto", seed=0)
-STANDARD = STUDY | dict(size=224, margin=True, pretrained=True)
-# The other studies: Adam, no drops of the rate, no flips.
-OTHERS = STUDY | dict(scale="0..1", flip=False, alpha=0.0, optimizer="adam", lr=0.001, weight_decay=0.0,
-                      lr_step=1000, epochs=20, batch_size=100)
+
+# ---------------------------------------------------------------- settings
+
+class Number(NamedTuple):
+    """What a setting accepts: an int or a float from low (or above it) to high. Converts its text."""
+    kind: type
+    low: float
+    high: float = math.inf
+    above: bool = False
+
+    def __call__(self, text):
+        try:
+            value = self.kind(text)
+            in_range = self.low < value if self.above else self.low <= value
+            if in_range and value <= self.high and math.isfinite(value):
+                return value
+        except (ValueError, OverflowError):
+            pass
+        kind, bound = "whole number" if self.kind is int else "number", "above" if self.above else "of at least"
+        upper = "" if self.high == math.inf else f", at most {self.high:g}"
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a {kind} {bound} {self.low:g}{upper}")
+
+
+def names(text):
+    """An argparse type: "cat,dog" as a list."""
+    return text.split(",")
+
+
+def shares(text):
+    """An argparse type: "bird=0.5,deer=0.25" as a dict."""
+    result = {}
+    for part in text.split(","):
+        name, _, value = part.rpartition("=")
+        result[name] = Number(float, 0, 1, above=True)(value)
+    if "" in result:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected CLASS=SHARE,..., such as bird=0.5,deer=0.5")
+    return result
+
+
+def network(text):
+    """An argparse type: a notation, or the name of a network that the notation cannot say."""
+    if text not in {*models.BACKBONES, *models.HANDWRITTEN, "mirror", "none"}:
+        try:
+            models.parse(text)
+        except models.NotationError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def folder_name(text):
+    """An argparse type: a name for a run's folder."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", text):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}: expected up to 100 letters, digits, '.', '_' and '-'")
+    return text
+
+
+class Setting(NamedTuple):
+    name: str
+    default: object  # the CIFAR study's
+    accepts: object  # a function of the flag's text, a tuple of choices, or bool for --x and --no-x
+    metavar: str
+    help: str
+
+
+COUNT, POSITIVE, OPTIMIZERS = Number(int, 1), Number(float, 0, above=True), {
+    "sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad}
+# Every setting, in the order in which they name a run's folder.
+SETTINGS = {
+    "network": [
+        Setting("version", "v4", str, "NAME", f"{' '.join(models.VERSIONS)}, or custom: what --encoder says"),
+        Setting("encoder", None, network, "NOTATION", "another encoder, such as \"C'(32)>C(32)\""),
+        Setting("classifier", None, network, "NOTATION", "another classifier, such as \"L(128)>L'(10)\""),
+        Setting("decoder", None, network, "NOTATION", "another decoder, such as \"T(32)>T(3)\", mirror, or none"),
+        Setting("skip", False, bool, "", "the CIFAR study's modified network: lower features, through one conv, "
+                "join the final ones before the classifier's last part"),
+        Setting("pretrained", None, bool, "", "vgg, resnet, mobilenet, squeezenet: start from ImageNet weights")],
+    "data": [
+        Setting("dataset", "cifar10", str, "NAME|PATH", f"{' '.join(data.NAMES)} shapes, a folder of images or an "
+                ".npz; by default cifar10, or shapes where it is unavailable"),
+        Setting("data_dir", "data", str, "DIR", "where named sets are, or are downloaded to"),
+        Setting("size", None, Number(int, 1, 1024), "PIXELS", "scale the images to this side; by default their own"),
+        Setting("margin", False, bool, "", "scale the images to 8/7 of --size, then crop to it, at random in "
+                "training"),
+        Setting("scale", "imagenet", tuple(data.SCALES), "", "how pixels are normalised (write --scale=-1..1)"),
+        Setting("classes", None, names, "NAME,...", "only these classes"),
+        Setting("train_size", None, COUNT, "N", "train on N images; by default all"),
+        Setting("test_size", None, COUNT, "N", "test on N images; by default all"),
+        Setting("test_share", 0.2, Number(float, 0.01, 0.9), "X", "the share of a folder without train/ and test/ "
+                "that is drawn for the test"),
+        Setting("val_share", 0.0, Number(float, 0, 0.9), "X", "hold out this share of the training images and "
+                "choose the best epoch on it; with 0 it is chosen on the test images"),
+        Setting("labels", None, COUNT, "N", "only N training images keep their labels; the loss terms that need no "
+                "labels use all images"),
+        Setting("variant", "complete", data.VARIANTS, "", "make the training set unequal (constrained), and equal "
+                "again"),
+        Setting("constrain", None, shares, "CLASS=X,...", "the share of a class's training images that --variant "
+                "keeps; by default bird=0.5,deer=0.5,truck=0.5"),
+        Setting("blur", 0.0, Number(float, 0, 10), "SIGMA", "blur all images, train and test, by SIGMA pixels"),
+        Setting("noise", 0.0, Number(float, 0, 10), "STD", "Gaussian noise on the network's input, on pixels of 0-1; "
+                "the clean image is the reconstruction target"),
+        Setting("clean_test", False, bool, "", "no noise on the test images"),
+        Setting("rotate", 0.0, Number(float, 0, 180), "DEGREES", "rotate training images by up to this, either way"),
+        Setting("flip", True, bool, "", "left-right flips in training; never on mnist and svhn")],
+    "loss": [
+        *(Setting(flag, term.default, Number(float, 0), "X", term.help)
+          for flag, term in losses.TERMS.items()),
+        Setting("jigsaw_grid", 4, Number(int, 2, 32), "N", "the jigsaw loss cuts an image into N x N tiles"),
+        Setting("class_weights", None, ("balanced",), "", "weight the classifier loss so that all classes count "
+                "the same")],
+    "training": [
+        Setting("optimizer", "sgd", tuple(OPTIMIZERS), "", ""),
+        Setting("lr", 0.01, POSITIVE, "X", "learning rate"),
+        Setting("momentum", 0.9, Number(float, 0, 1), "X", "of sgd"),
+        Setting("weight_decay", 1e-4, Number(float, 0), "X", ""),
+        Setting("lr_step", 10, COUNT, "N", "multiply the learning rate every N epochs ..."),
+        Setting("lr_decay", 0.1, Number(float, 0, 1, above=True), "X", "... by this"),
+        Setting("epochs", 40, COUNT, "N", ""),
+        Setting("batch_size", 32, COUNT, "N", "images per step, of all processes together"),
+        Setting("separate", False, bool, "", "train the autoencoder alone first, then the classifier on its encoder"),
+        Setting("first_share", 0.5, Number(float, 0.01, 0.99), "X", "with --separate: the autoencoder's share of "
+                "the epochs"),
+        Setting("first_decay", None, Number(float, 0), "X", "with --separate: the autoencoder's weight decay; by "
+                "default --weight-decay"),
+        Setting("freeze_encoder", True, bool, "", "with --separate: the second part trains the classifier alone")],
+    "run": [
+        Setting("name", None, folder_name, "NAME", "of the run's folder; by default the version and what "
+                "differs from its recipe"),
+        Setting("seed", 0, Number(int, 0, 2**31), "N", "of weights, order, flips, crops, noise, dropout, tiles and "
+                "draws"),
+        Setting("device", "auto", str, "NAME", "auto, cpu, cuda, cuda:1"),
+        Setting("precision", "auto", ("auto", "bf16", "fp32"), "", "auto is bf16 where the hardware computes it")],
+}
+# What a command does with the settings; not settings of a run.
+ACTIONS = {"output and several runs": [
+    Setting("output", "outputs", str, "DIR", "where run folders go"),
+    Setting("resume", None, str, "RUN", "resume the run in this folder, with its settings; --epochs N lengthens "
+            "it"),
+    Setting("seeds", None, COUNT, "N", "train with N seeds, from --seed on; finished runs are not trained again"),
+    Setting("sweep", None, str, "NAME", ""),  # its choices are the table below
+    Setting("jobs", None, COUNT, "J", "runs at once; by default as many as is fastest"),
+    Setting("list", False, bool, "", "print the commands of --sweep or --seeds, one a line, instead of running "
+            "them")]}
+DEFAULTS = {row.name: row.default for rows in SETTINGS.values() for row in rows}
+ACTS = {row.name for rows in ACTIONS.values() for row in rows}
+
+# What a version's recipe changes.
+STANDARD = dict(size=224, margin=True, pretrained=True)
+# The other studies: Adam, no learning-rate decay, no flips.
+OTHERS = dict(scale="0..1", flip=False, alpha=0.0, optimizer="adam", lr=0.001, weight_decay=0.0,
+              lr_step=1000, epochs=20, batch_size=100)
 JOINT = OTHERS | dict(scale="-1..1", classes=["automobile", "cat", "dog", "horse", "truck"], rotate=10.0,
                       noise=0.05, clean_test=True, alpha=0.1, epochs=10)  # 0.05 of 0-1 is 0.1 of -1..1
-SWEEPS = {"kind": ["mlp", "combo", "cnn"], "latent": ["cnn10", "cnn32", "cnn100", "cnn1000"],
-          "depth": ["cnnL1", "cnnL3", "cnnL5", "cnnL10"]}
 FASHION = OTHERS | dict(dataset="fashionmnist", epochs=30, batch_size=64)
-RECIPES = {name: STUDY for name in models.VERSIONS} | {
-    "v2.3": STUDY | dict(size=64),
-    "v4": STUDY | dict(gamma=0.001),
-    "v4-stride2": STUDY | dict(gamma=0.001),
+KINDS, LATENT = ["mlp", "combo", "cnn"], ["cnn10", "cnn32", "cnn100", "cnn1000"]
+DEPTHS = ["cnnL1", "cnnL3", "cnnL5", "cnnL10"]
+RECIPES = dict.fromkeys([*models.VERSIONS, "custom"], {}) | {
+    "v2.3": dict(size=64), "v4": dict(gamma=0.001), "v4-stride2": dict(gamma=0.001),
     "vgg": STANDARD, "resnet": STANDARD, "mobilenet": STANDARD, "squeezenet": STANDARD,
     "joint5": JOINT, "cnn6": JOINT | dict(classes=None, alpha=1.0, beta=0.0),
-    **{name: OTHERS for names in SWEEPS.values() for name in names},
+    **dict.fromkeys([*KINDS, *LATENT, *DEPTHS], OTHERS),
     "mnist": OTHERS | dict(dataset="mnist", alpha=1.0, weight_decay=0.01, first_share=2 / 3, first_decay=0.0),
     "fashion-mlp": FASHION, "fashion-cnn": FASHION, "vae": FASHION | dict(kl=0.02),
 }
-OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad}
+
+
+class Sweep(NamedTuple):
+    runs: list     # of dicts: each run's settings
+    against: str   # how the comparison at its end pairs them (evaluate.py --against)
+    help: str
+
+
+def versions(*runs, **settings):
+    """The runs of a sweep: version names or dicts, all with these settings."""
+    return [settings | (dict(version=run) if isinstance(run, str) else run) for run in runs]
+
+
+BOTH = dict(beta=1.0), dict(beta=0.0)
+SHORT = dict(epochs=12, lr_step=3)  # a shortened schedule of the CIFAR study's shape
+LINEAR_DROPOUT = "C'(32)>C(64)>C(64)>L(512)>D(0.3)>L(128)>D(0.3)>L'(10)"  # as the study's program has it
+SWEEPS = {
+    "kind": Sweep(versions(*KINDS), "version=mlp", "autoencoders of three kinds"),
+    "latent": Sweep(versions(*LATENT), "version=cnn10", "autoencoders of four code sizes"),
+    "depth": Sweep(versions(*DEPTHS), "version=cnnL1", "autoencoders of four depths"),
+    "help": Sweep([SHORT | run for version in ("v1", "v2", "v3", "v4") for run in versions(*BOTH, version=version)]
+                  + versions(*BOTH, version="v4", blur=1.0, **SHORT), "beta=0",
+                  "does reconstruction help: v1 to v4, and v4 on blurred images, with beta 1 and 0, 12 epochs"),
+    "labels": Sweep([run for count in (100, 1000, 10_000)
+                     for run in versions(*BOTH, version="v4", labels=count, **SHORT)], "beta=0",
+                    "does it help with few labels: v4 with 100, 1,000, 10,000, beta 1 and 0, 12 epochs"),
+    "study": Sweep([run for version in ("v1", "v1.1", "v1.2", "v2", "v2.1", "v2.2", "v2.3", "v3", "v3.1", "v3.2",
+                                        "v3.3", "v4") for run in versions(*BOTH, version=version)]
+                   + versions("v4-plain", dict(version="v4", gamma=0.0), "v4-stride2")
+                   + versions(dict(optimizer="adam", lr=0.001), dict(optimizer="adagrad", lr=0.01),
+                              dict(classifier=LINEAR_DROPOUT), dict(separate=True),
+                              dict(separate=True, freeze_encoder=False), dict(decoder="none"),
+                              *(dict(variant=variant) for variant in data.VARIANTS[1:]),
+                              dict(variant="constrained", class_weights="balanced"),
+                              dict(variant="constrained", delta=1.0), dict(variant="constrained", skip=True),
+                              dict(variant="oversampled", skip=True, delta=1.0),
+                              dict(blur=1.0), dict(blur=1.0, decoder="none"), version="v4"),
+                   "beta=0", "every row of the CIFAR study at 32x32 and 64x64"),
+}
+
+
+def recipe(version):
+    """All settings of a version, a dict. NotationError names the nearest version."""
+    if version not in RECIPES:
+        models.find(version)
+    return DEFAULTS | RECIPES[version] | {"version": version}
 
 
 # ---------------------------------------------------------------- training
+
+def stream(seed, epoch, purpose, rank=0):
+    """The 32-bit seed of one stream of random numbers: generators on the CPU use no more bits."""
+    if purpose == "order":  # also of flips, crops and rotations; the same for all ranks
+        return (seed * 1_000_003 + epoch) % 2**32
+    return zlib.crc32(f"{seed} {epoch} {purpose} {rank}".encode())
+
 
 def phases(s):
     """The run's parts, each the settings that hold in it, with `start` and `end` (epochs from 0) and
     whether the encoder is `frozen`: one, or the two parts of separate training, as the CIFAR
     study's program has them: the autoencoder alone, then the classifier on its encoder; in each
-    part the learning rate starts anew and drops twice as often."""
+    part the learning rate starts anew and decays twice as often."""
     whole = vars(s) | dict(start=0, end=s.epochs, frozen=False)
     if not s.separate:
         return [Namespace(**whole)]
-    first, lr_step = max(1, int(s.epochs * s.first_share + 1e-9)), max(1, s.lr_step // 2)
+    whole["lr_step"] = max(1, s.lr_step // 2)
+    first = max(1, int(s.epochs * s.first_share + 1e-9))
     decay = s.weight_decay if s.first_decay is None else s.first_decay
-    return [Namespace(**whole | dict(alpha=0.0, lr_step=lr_step, end=first, weight_decay=decay)),
-            Namespace(**whole | dict(beta=0.0, delta=0.0, kl=0.0, lr_step=lr_step, start=first,
-                                     frozen=s.freeze_encoder))]
+    of_labels = {flag: 0.0 for flag, term in losses.TERMS.items() if "labels" in term.needs}
+    of_images = {flag: 0.0 for flag, term in losses.TERMS.items() if "images" in term.needs}
+    return [Namespace(**whole | of_labels | dict(end=first, weight_decay=decay)),
+            Namespace(**whole | of_images | dict(start=first, frozen=s.freeze_encoder))]
+
+
+def learning_rate(s, epoch):
+    """The learning rate of an epoch (from 0) of a phase."""
+    return s.lr * s.lr_decay ** ((epoch - s.start) // s.lr_step)
 
 
 def make_optimizer(model, s):
@@ -94,7 +291,7 @@ def make_optimizer(model, s):
     The gradient of gamma * l2_reg_loss is gamma * parameter, which is what (not decoupled)
     weight decay adds, at no cost of its own.
     """
-    trained = {"encoder": not s.frozen, "classifier": s.alpha > 0, "decoder": rebuilds(vars(s))}
+    trained = {"encoder": not s.frozen, "classifier": evaluate.classifies(s), "decoder": evaluate.rebuilds(s)}
     for name, wanted in trained.items():
         if getattr(model, name) is not None:
             getattr(model, name).requires_grad_(wanted)
@@ -106,13 +303,78 @@ def make_optimizer(model, s):
                                    fused=fused or None, **momentum)
 
 
-TERMS = "classifier", "autoencoder", "jigsaw", "kl"
+class Batch(NamedTuple):
+    images: torch.Tensor  # (B, C, H, W), normalised: this process's share of the batch
+    labels: torch.Tensor  # (B,)
+    size: int             # of the whole batch, of all processes
 
 
-def train_epoch(model, split, optimizer, s, epoch, show=None, net=None):
-    """One epoch (counted from 0) of the weighted loss over a Split. s: a phase.
+def batches(split, s, seed, rounds=1):
+    """The Batches of a Split, which comes round so many times."""
+    rank, processes = evaluate.process()
+    bounds = data.batch_bounds(rounds * len(split.labels), s.batch_size, processes)
+    shares = data.batches(split, s.batch_size, epoch_seed=seed, flip=s.flip, degrees=s.rotate, rounds=rounds,
+                          part=(rank, processes), **evaluate.preparation(s))
+    for (images, labels), (start, stop) in zip(shares, bounds):
+        yield Batch(images, labels, stop - start)
 
-    Returns the epoch's means as plain numbers: loss, the TERMS, l2, accuracy (None where not
+
+def epoch_steps(dataset, s, epoch):
+    """(number of steps, an iterator over (a Batch of all images, a Batch of labelled images, order)).
+
+    The two are the same object but with --labels: then the labelled images come round as often as
+    needed, beside batches of all images or, where no term needs those, instead of them. order: of the
+    jigsaw's tiles, (B, grid * grid), or None.
+    """
+    n, (rank, processes) = len(dataset.train.labels), evaluate.process()
+    bounds, orders = data.batch_bounds(n, s.batch_size, processes), itertools.repeat(None)
+    if s.delta:
+        tiles = torch.Generator().manual_seed(stream(s.seed, epoch, "tiles"))
+        drawn = torch.rand(n, s.jigsaw_grid ** 2, generator=tiles).argsort(1).to(dataset.train.images.device)
+        orders = (drawn[start:stop][rank::processes] for start, stop in bounds)
+    everything = batches(dataset.train, s, stream(s.seed, epoch, "order"))
+    if dataset.labelled is None or not evaluate.classifies(s):
+        return len(bounds), ((batch, batch, order) for batch, order in zip(everything, orders))
+    # A batch more than the steps: the last one could be smaller or larger.
+    rounds = math.ceil((len(bounds) + 1) * s.batch_size / len(dataset.labelled.labels))
+    labelled = batches(dataset.labelled, s, stream(s.seed, epoch, "labelled"), rounds)
+    labelled = itertools.islice(labelled, len(bounds))
+    if evaluate.rebuilds(s):
+        return len(bounds), zip(everything, labelled, orders)
+    return len(bounds), ((batch, batch, order) for batch, order in zip(labelled, orders))
+
+
+def counted(term, batch, labelled):
+    """The Batch over whose images a term is a mean."""
+    return labelled if "labels" in term.needs else batch
+
+
+def fair_weights(weights, batch, labelled):
+    """Weights that make the mean over the processes, which DistributedDataParallel takes of gradients,
+    a mean over the whole batch: the processes' shares of it may differ by an image."""
+    _, processes = evaluate.process()
+    if processes == 1:
+        return weights
+    parts = {flag: counted(losses.TERMS[flag], batch, labelled) for flag in weights}
+    return {flag: weight * len(parts[flag].labels) * processes / parts[flag].size
+            for flag, weight in weights.items()}
+
+
+def step_tensors(net, batch, labelled, order, s, wanted, noise):
+    """The tensors that the loss's terms need of one step, by name. noise: a torch.Generator."""
+    def forward(images, names):
+        inputs = data.add_noise(images, s.noise, noise, s.scale) if s.noise else images
+        return evaluate.forward(net, inputs, s, names, order)
+    known = {"images": batch.images, "labels": labelled.labels}
+    if labelled is batch:
+        return known | forward(batch.images, wanted)
+    return known | forward(batch.images, wanted - {"logits"}) | forward(labelled.images, {"logits"})
+
+
+def train_epoch(model, dataset, optimizer, s, epoch, show=None, net=None):
+    """One epoch (counted from 0) of the weighted loss over a Dataset. s: a phase.
+
+    Returns the epoch's means as plain numbers: loss, the terms by name and accuracy (None where not
     trained). The seed and the epoch alone decide order, flips, tiles, noise and dropout. Nothing
     waits for the device but every hundredth step, where a loss that is not finite ends the run
     (Stopped). show(step, steps) is called at every step. net: the model as DistributedDataParallel
@@ -122,79 +384,70 @@ def train_epoch(model, split, optimizer, s, epoch, show=None, net=None):
     if s.frozen:
         model.encoder.eval()  # BatchNorm keeps its statistics
     for group in optimizer.param_groups:
-        group["lr"] = s.lr * s.lr_decay ** ((epoch - s.start) // s.lr_step)
-    rank, processes = mine()
-    seed = s.seed * 1_000_003 + epoch
-    torch.manual_seed(~seed + rank * 2**40)  # dropout: another stream than the order's
-    n, device = len(split.labels), split.labels.device
-    tiles, noise = torch.Generator().manual_seed(seed + 2**40), torch.Generator(device)
-    noise.manual_seed(seed + (rank + 2) * 2**40)
-    scores = model.version.scores or model.num_classes
-    weights = balanced_weights(split.labels, scores) if s.class_weights else None
-    alpha, decode, steps = s.alpha > 0, s.beta > 0, math.ceil(n / s.batch_size)
-    history = torch.zeros(steps, len(TERMS) + 1, device=device)  # sums over a batch: TERMS, right answers
-    zero = torch.zeros((), device=device)
-    for step, (images, labels) in enumerate(data.batches(split, s.batch_size, epoch_seed=seed, flip=s.flip,
-                                                         degrees=s.rotate, part=(rank, processes),
-                                                         **view(vars(s)))):
-        batch = min(s.batch_size, n - step * s.batch_size)
-        count = len(range(rank, batch, processes))  # 0 where this process's one image is for company
-        inputs = data.add_noise(images, s.noise, noise, s.scale) if s.noise else images
-        mended, code = None, (None, None)
-        with autocast(device, s.precision):
-            logits, rebuilt = (net or model)(inputs, classify=alpha, reconstruct=decode)
-            if s.kl:
-                code = models.gaussian(model).mean, models.gaussian(model).log_variance
-            if s.delta:
-                order = torch.rand(batch, s.jigsaw_grid ** 2, generator=tiles).argsort(1)
-                order = order[rank::processes] if count else order[:1]
-                jumbled = jumble(inputs, s.jigsaw_grid, order.to(device))
-                mended = (net or model)(jumbled, classify=False)[1]
-        loss, terms = weighted_loss(s.alpha, s.beta, 0.0, s.delta, s.kl, logits=logits, labels=labels,
-                                    class_weights=weights, reconstruction=rebuilt, images=images,
-                                    jigsaw_reconstruction=mended, mean=code[0], log_variance=code[1])
-        if processes > 1:  # DistributedDataParallel takes the mean over the processes
-            loss = loss * (count * processes / batch)
+        group["lr"] = learning_rate(s, epoch)
+    device, (rank, _) = dataset.train.images.device, evaluate.process()
+    torch.manual_seed(stream(s.seed, epoch, "dropout", rank))  # and of variational codes
+    noise = torch.Generator(device).manual_seed(stream(s.seed, epoch, "noise", rank))
+    weights = evaluate.loss_weights(s) | {"gamma": 0.0}  # gamma is the optimizer's weight decay
+    wanted, terms = losses.needed(weights), [losses.TERMS[flag] for flag, weight in weights.items() if weight]
+    class_weights = None
+    if s.class_weights:
+        class_weights = losses.balanced_weights((dataset.labelled or dataset.train).labels, model.num_classes)
+    count, steps = epoch_steps(dataset, s, epoch)
+    columns = [*terms, losses.TERMS["alpha"]]  # of which the last one counts right answers
+    history, seen = torch.zeros(count, len(columns), device=device), [0] * len(columns)
+    for step, (batch, labelled, order) in enumerate(steps):
+        tensors = step_tensors(net or model, batch, labelled, order, s, wanted, noise)
+        loss, values = losses.weighted_loss(fair_weights(weights, batch, labelled), **tensors,
+                                            class_weights=class_weights)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        with torch.no_grad():
-            right = (logits.argmax(1) == labels).float().mean() if alpha else zero
-            torch.mul(torch.stack([*(terms.get(name, zero) for name in TERMS), right]), count, out=history[step])
-        if step % 100 == 99 or step == steps - 1:
-            check_finite(history[step // 100 * 100:step + 1], epoch, step // 100 * 100)
+        with torch.no_grad():  # sums over the batch: the terms, and right answers
+            sums = [values[term.name] * len(counted(term, batch, labelled).labels) for term in terms]
+            if "logits" in wanted:
+                sums.append((tensors["logits"].argmax(1) == labelled.labels).sum())
+            history[step, :len(sums)] = torch.stack(sums)
+        seen = [total + counted(term, batch, labelled).size for total, term in zip(seen, columns)]
+        if step % 100 == 99 or step == count - 1:
+            check_finite(history[:step + 1], [term.name for term in terms], epoch, step // 100 * 100)
         if show:
-            show(step + 1, steps)
-    sums = history.sum(0)
-    if processes > 1:
+            show(step + 1, count)
+    return epoch_means(history.sum(0), seen, terms, optimizer, s)
+
+
+def epoch_means(sums, seen, terms, optimizer, s):
+    """The figures of an epoch from its sums (the terms, then right answers) over the images seen."""
+    if evaluate.process()[1] > 1:
         dist.all_reduce(sums)
-    *means, right = (sums / n).tolist()
+    *means, right = [total / images for total, images in zip(sums.tolist(), seen)]
+    result = dict.fromkeys((term.name for term in losses.TERMS.values()), None)
+    result |= {term.name: mean for term, mean in zip(terms, means)}
     # The weights change little within an epoch: the term is taken once, as it ends.
     with torch.no_grad():
-        l2 = l2_reg_loss(p for group in optimizer.param_groups for p in group["params"]).item()
-    used = dict(zip(TERMS, (s.alpha, s.beta, s.delta, s.kl)))
-    return {"loss": sum(weight * mean for weight, mean in zip(used.values(), means)) + s.gamma * l2,
-            **{name: mean if used[name] else None for name, mean in zip(TERMS, means)},
-            "l2": l2, "accuracy": 100 * right if alpha else None}
+        result["l2"] = losses.l2_reg_loss(p for group in optimizer.param_groups for p in group["params"]).item()
+    result["loss"] = losses.weighted_sum(evaluate.loss_weights(s), result)
+    return result | {"accuracy": 100 * right if result["classifier"] is not None else None}
 
 
-def check_finite(history, epoch, first):
-    """Raises Stopped where a step's losses (rows of TERMS, right answers) are not finite."""
-    bad = (~history.isfinite()).nonzero().tolist()
+def check_finite(history, terms, epoch, first):
+    """Raises Stopped where a step's losses (rows of sums over `terms`) from step `first` on are not finite."""
+    bad = (~history[first:].isfinite()).nonzero().tolist()
     if bad:
         step, term = bad[0]
-        raise Stopped(f"epoch {epoch + 1}, step {first + step + 1}: the {TERMS[term]} loss is "
-                      f"{history[step, term].item()}; a smaller --lr may help")
+        raise Stopped(f"epoch {epoch + 1}, step {first + step + 1}: the {terms[term]} loss is "
+                      f"{history[first + step, term].item()}; a smaller --lr may help")
 
 
 def train(model, dataset, s, folder, state=None):
     """The whole run: trains, measures after each epoch, keeps log.csv, best.pt and last.pt.
 
-    state: a last.pt's content, after which to go on. Returns the log, a list of rows (dicts), and
-    the last measurement. Raises Stopped.
+    state: a last.pt's content, after which to resume. Returns the log, a list of rows (dicts), and
+    the last measurement. Raises Stopped; nothing is saved of an epoch that ends with losses or weights
+    that are not finite.
     """
     rows, tested = (state["rows"], state["tested"]) if state else ([], None)
-    settings, (rank, processes) = vars(s), mine()
+    rank, processes = evaluate.process()
     print("epoch     lr       train loss         test loss       test  PSNR    time  images\n"
           "              class.   recon.    class.   recon.   acc. %    dB       s      /s", flush=True)
     for row in rows:
@@ -206,36 +459,53 @@ def train(model, dataset, s, folder, state=None):
         if len(rows) > phase.start:
             optimizer.load_state_dict(state["optimizer"])
         net = torch.nn.parallel.DistributedDataParallel(model) if processes > 1 else None
-        # In the second half of separate training what the first one has learnt is measured, too.
-        how = dict(precision=s.precision, classify=phase.alpha > 0, reconstruct=rebuilds(settings),
-                   noise=noise_in_tests(settings), grid=s.jigsaw_grid if s.delta else None, **view(settings))
         for epoch in range(len(rows), phase.end):
             start = time.perf_counter()
             show = progress(epoch + 1) if sys.stdout.isatty() and not rank else None
-            trained = train_epoch(model, dataset.train, optimizer, phase, epoch, show, net)
-            seconds = time.perf_counter() - start
-            tested = measure(model, dataset.test, **how)
-            held = dataset.val and measure(model, dataset.val, **how)
-            weights = dict(zip(TERMS, (phase.alpha, phase.beta, phase.delta, phase.kl)))
-            tested["loss"] = sum(weight * (tested[name] or 0) for name, weight in weights.items())
-            tested["loss"] += s.gamma * trained["l2"]
-            row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"]}
-            row |= {f"train_{key}": value for key, value in trained.items()}
-            row |= {f"test_{key}": tested[key] for key in ("loss", *TERMS, "accuracy", "mse", "mae", "psnr",
-                                                           "net_error_per_image")}
-            row |= {f"val_{key}": held and held[key] for key in ("accuracy", "mse")}
-            row |= {"seconds": seconds, "images_per_second": len(dataset.train.labels) / seconds,
-                    "test_seconds": time.perf_counter() - start - seconds}
+            trained = train_epoch(model, dataset, optimizer, phase, epoch, show, net)
+            row, tested = measure_epoch(model, dataset, s, phase, epoch, trained, time.perf_counter() - start)
+            row["lr"] = optimizer.param_groups[0]["lr"]
+            if not all(weight.isfinite().all() for weight in model.state_dict().values()):
+                raise Stopped(f"epoch {epoch + 1}: weights are not finite after it; a smaller --lr may help")
             rows.append(row)
             if rank == 0:
                 print_row(row)
-                write_whole(folder / "log.csv", lambda part: write_csv(part, rows))
-                if best_row(rows) is row:
-                    save_checkpoint(folder / "best.pt", model, settings, dataset.classes, epoch=epoch + 1)
-                # No random state: every epoch's is made from the seed and the epoch's number.
-                save_checkpoint(folder / "last.pt", model, settings, dataset.classes, epoch=epoch + 1,
-                                optimizer=optimizer.state_dict(), rows=rows, tested=tested)
+                save(folder, model, dataset, s, phase, rows, tested, optimizer)
     return rows, tested
+
+
+LOGGED = {  # what of each part's figures stands in a log
+    "train": lambda: ["loss", *(term.name for term in losses.TERMS.values()), "accuracy"],
+    "test": lambda: ["loss", *(term.name for term in losses.TERMS.values() if term.name != "l2"), "accuracy", "mse",
+                     "mae", "psnr", "net_error"],
+    "val": lambda: ["accuracy", "mse"]}
+
+
+def columns():
+    """The columns of a log."""
+    logged = [f"{part}_{key}" for part, keys in LOGGED.items() for key in keys()]
+    return ["epoch", "lr", *logged, "seconds", "images_per_second", "test_seconds"]
+
+
+def measure_epoch(model, dataset, s, phase, epoch, trained, seconds):
+    """The log's row of an epoch, and the measurement of the test images. Raises Stopped."""
+    if evaluate.process()[1] > 1:
+        for buffer in model.buffers():  # BatchNorm's statistics: measured as they are saved
+            dist.broadcast(buffer, 0)
+    start = time.perf_counter()
+    # In the second part of separate training what the first one has learnt is measured, too.
+    parts = evaluate.classifies(phase), evaluate.rebuilds(s)
+    tested = evaluate.measure(model, dataset.test, s, *parts)
+    held_out = evaluate.measure(model, dataset.val, s, *parts) if dataset.val else {}
+    tested["loss"] = losses.weighted_sum(evaluate.loss_weights(phase), tested | {"l2": trained["l2"]})
+    found = {"train": trained, "test": tested, "val": held_out}
+    row = dict.fromkeys(columns()) | {"epoch": epoch + 1}
+    row |= {f"{part}_{key}": found[part].get(key) for part, keys in LOGGED.items() for key in keys()}
+    for key, value in row.items():
+        if value is not None and not math.isfinite(value):
+            raise Stopped(f"epoch {epoch + 1}: {key} is {value} after it; a smaller --lr may help")
+    return row | {"seconds": seconds, "images_per_second": len(dataset.train.labels) / seconds,
+                  "test_seconds": time.perf_counter() - start}, tested
 
 
 def progress(epoch):
@@ -256,6 +526,19 @@ def progress(epoch):
 
 # ---------------------------------------------------------------- what a run leaves
 
+def save(folder, model, dataset, s, phase, rows, tested, optimizer):
+    """log.csv, last.pt and, where the last epoch is the best one so far, best.pt."""
+    trained = ["classifier"] * evaluate.classifies(phase) + ["decoder"] * evaluate.rebuilds(s)
+    content = dict(settings=vars(s), classes=dataset.classes, image_shape=list(dataset.train.images.shape[1:]),
+                   trained=trained, epoch=len(rows))
+    evaluate.write_whole(folder / "log.csv", lambda part: write_csv(part, rows))
+    if evaluate.best_row(rows) is rows[-1]:
+        evaluate.write_whole(folder / "best.pt", lambda part: models.save(part, model, **content))
+    # No random state: every epoch's is made from the seed and the epoch's number.
+    evaluate.write_whole(folder / "last.pt", lambda part: models.save(
+        part, model, **content, optimizer=optimizer.state_dict(), rows=rows, tested=tested))
+
+
 def write_csv(path, rows):
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
@@ -265,7 +548,7 @@ def write_csv(path, rows):
 
 def print_row(row):
     def number(key, width, digits):
-        return f"{'-' if row[key] is None else format(row[key], f'.{digits}f'):>{width}}"
+        return f"{'-' if row.get(key) is None else format(row[key], f'.{digits}f'):>{width}}"
 
     print(f"{row['epoch']:>5}{row['lr']:>7.2g}{number('train_classifier', 9, 4)}"
           f"{number('train_autoencoder', 9, 4)}{number('test_classifier', 10, 4)}"
@@ -279,40 +562,59 @@ def summarise(rows, tested, model, dataset):
     last, count = rows[-1], models.parameter_count(model)
     result = {"dataset": dataset.name, "source": dataset.source, "epochs": len(rows)}
     if last["test_accuracy"] is not None:
-        best = best_row(rows)
+        best = evaluate.best_row(rows)
+        largest = max(map(sum, tested["confusion"])) / len(dataset.test.labels)
         result["accuracy"] = {"last": last["test_accuracy"], "best": best["test_accuracy"],
-                              "best_epoch": best["epoch"], "best_chosen_on": chosen_on(rows)}
-        result["per_class_accuracy"] = per_class(tested["confusion"], dataset.classes)
-    errors = ("autoencoder", "mse", "mae", "psnr", "absolute_error_total", "absolute_error_per_image",
-              "net_error_total", "net_error_per_image")
-    result["reconstruction"] = None if tested["mse"] is None else {key: tested[key] for key in errors}
+                              "best_epoch": best["epoch"], "best_chosen_on": evaluate.chosen_on(rows),
+                              "largest_class": 100 * largest}
+        result["per_class_accuracy"] = losses.per_class(tested["confusion"], dataset.classes)
+    errors = ("autoencoder", *(key for _, key, _ in evaluate.MEASURES))
+    result["reconstruction"] = {key: tested[key] for key in errors if key in tested} if "mse" in tested else None
     seconds = sorted(row["seconds"] for row in rows)[len(rows) // 2]
-    return result | {"parameters": count, "megabytes": count * 4 / 1e6,
-                     "seconds_per_epoch": seconds, "images_per_second": len(dataset.train.labels) / seconds}
+    return result | {"code": math.prod(model.code_shape), "parameters": count, "megabytes": count * 4 / 1e6,
+                     "seconds_per_epoch": seconds, "images_per_second": len(dataset.train.labels) / seconds,
+                     "seconds": sum(row["seconds"] + row["test_seconds"] for row in rows)}
 
 
-def run_name(s, recipe):
-    """The version and whatever of the settings differs from its recipe: v4_beta0,
-    v4_dataset-shapes, v4_no-decoder."""
-    parts = [s.version]
-    for key, usual in recipe.items():
-        value, flag = getattr(s, key), key.replace("_", "-")
-        if value == usual or (key == "beta" and s.no_decoder) or (
-                key == "flip" and s.dataset in data.NEVER_FLIPPED):
+def slug(text):
+    """A notation or a value as a part of a file name: "C'(16)>C(16)" is "Cp16-C16"."""
+    text = re.sub(r"\((\d[\d.]*)\)", r"\1", text.replace("'", "p"))
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", text).strip("-")
+
+
+def differences(s, usual):
+    """The parts of a folder's name: what of the settings differs from `usual`, a dict: ["beta0"]."""
+    parts = []
+    for key, value in usual.items():
+        chosen, flag = getattr(s, key), key.replace("_", "-")
+        if chosen == value or (key in evaluate.INCIDENTAL and key != "seed") or key == "version" or (
+                (key == "beta" and s.decoder == "none") or (key == "flip" and s.dataset in data.NEVER_FLIPPED)):
             continue
-        if isinstance(value, bool):
-            parts.append(flag if value else f"no-{flag}")
+        if isinstance(chosen, bool) or chosen == "none":
+            parts.append(flag if chosen is True else f"no-{flag}")
             continue
         if key == "dataset":
-            value = Path(value).stem
-        elif isinstance(value, dict):
-            value = [f"{name}{share:g}" for name, share in value.items()]
-        elif isinstance(value, float):
-            value = f"{value:g}"
-        text = "-".join(value) if isinstance(value, list) else str(value)
-        text = re.sub(r"[^A-Za-z0-9.-]+", "-", text.replace("'", "p")).strip("-")
+            chosen = Path(chosen).stem
+        elif isinstance(chosen, dict):
+            chosen = "-".join(f"{name}{share:g}" for name, share in chosen.items())
+        elif isinstance(chosen, list):
+            chosen = "-".join(chosen)
+        text = slug(f"{chosen:g}" if isinstance(chosen, float) else str(chosen))
         parts.append(f"{flag}{text}" if text[:1].isdigit() else f"{flag}-{text}")
-    return "_".join(parts)[:120]
+    return parts
+
+
+def run_name(s):
+    """A run's folder: --name, or the version and whatever differs from its recipe: v4_beta0,
+    v4_dataset-shapes, v4_no-decoder; a network of one's own is named by its notation."""
+    usual = recipe(s.version)
+    if s.name:
+        return "_".join([s.name, *([f"seed{s.seed}"] if s.seed != usual["seed"] else [])])
+    parts = [s.version]
+    if s.version == "custom":
+        parts = [slug(notation) for notation in (s.encoder, s.classifier) if notation]
+        usual = {key: value for key, value in usual.items() if key not in ("encoder", "classifier")}
+    return "_".join(parts + differences(s, usual))[:120]
 
 
 def make_folder(output, name, config):
@@ -324,7 +626,7 @@ def make_folder(output, name, config):
     except OSError as error:
         raise UsageError(f"--output {output}: expected a folder to write to ({error.strerror})") from None
     try:
-        write_json(part / "config.json", config)
+        evaluate.write_json(part / "config.json", config)
         for count in itertools.count(1):
             folder = Path(output, name if count == 1 else f"{name}_run{count}")
             if not folder.exists():
@@ -335,223 +637,204 @@ def make_folder(output, name, config):
 
 
 def git_commit():
-    """The commit of this code, with "+changes" where files differ from it; None without git."""
+    """The commit of this code, with "+changes" where files differ from it; None where git does not
+    track this file."""
     def git(*words):
         return subprocess.run(["git", "-C", Path(__file__).parent, *words], capture_output=True,
                               text=True, check=True).stdout.strip()
     try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # not a copy within another repository
         return git("rev-parse", "HEAD") + "+changes" * bool(git("status", "--porcelain", "-uno"))
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
-# ---------------------------------------------------------------- the command line
-
-def number(kind, low, high=math.inf, above=False):
-    """An argparse type: an int or a float from low (or above it) to high."""
-    def convert(text):
-        try:
-            value = kind(text)
-            if (low < value if above else low <= value) and value <= high and math.isfinite(value):
-                return value
-        except (ValueError, OverflowError):
-            pass
-        expected = "a whole number" if kind is int else "a number"
-        upper = "" if high == math.inf else f", at most {high:g}"
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: expected {expected} {'above' if above else 'of at least'} {low:g}{upper}")
-    return convert
+def find_run(output, s):
+    """The folder in `output` of the run with just these settings, else None."""
+    def identity(settings):
+        return evaluate.kind_of(DEFAULTS | settings), settings["seed"]
+    for path in sorted(Path(output).glob("[!.]*/config.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            if identity(json.loads(path.read_text())["settings"]) == identity(vars(s)):
+                return path.parent
+    return None
 
 
-def shares(text):
-    """An argparse type: "bird=0.5,deer=0.25" as a dict."""
-    result = {}
-    for part in text.split(","):
-        name, _, value = part.rpartition("=")
-        result[name] = number(float, 0, 1, above=True)(value)
-    if "" in result:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected CLASS=SHARE,..., such as bird=0.5,deer=0.5")
-    return result
+@contextlib.contextmanager
+def locked(folder):
+    """Holds a lock on the folder, which ends with this process at the latest. UsageError where another
+    process holds it. Without a check where the system has no such lock (Windows, some network disks)."""
+    try:
+        import fcntl
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"{folder}: another process is training here; wait until it has ended, or name "
+                                 "another --output") from None
+        yield
+    finally:
+        os.close(handle)
 
 
-def make_parser():
-    """The command line. A flag that is not given is None: the recipe has its value."""
-    parser = argparse.ArgumentParser(
-        description="Trains an autoencoder with a classifier. Defaults are the version's recipe; "
-        "in brackets the CIFAR study's.", allow_abbrev=False)
-    parser.error = lambda message: stop("train.py", message)
-    share, positive = number(float, 0), number(int, 1)
-    on, off = dict(action="store_true", default=None), dict(action="store_false", default=None)
+# ---------------------------------------------------------------- one run
 
-    network = parser.add_argument_group("network")
-    network.add_argument("--version", metavar="NAME", help=f"{' '.join(models.VERSIONS)} (v4)")
-    network.add_argument("--encoder", metavar="NOTATION", help="another encoder: \"C'(32)>C(32)\"")
-    network.add_argument("--classifier", metavar="NOTATION", help="another classifier: \"L(128)>L'(10)\"")
-    network.add_argument("--no-decoder", **on, help="build no decoder; beta is then 0")
-    network.add_argument("--skip", **on, help="the modified network: lower features, through one conv, join "
-                         "the final ones before the classifier's last part")
-    network.add_argument("--no-pretrained", dest="pretrained", **off,
-                         help="vgg, resnet, mobilenet, squeezenet: without the ImageNet weights")
-
-    sets = parser.add_argument_group("data")
-    sets.add_argument("--dataset", metavar="NAME|PATH",
-                      help=f"{' '.join(data.NAMES)} shapes, a folder with train/<class>/ and "
-                      "test/<class>/, or an .npz (cifar10, or shapes where it cannot be had)")
-    sets.add_argument("--data-dir", metavar="DIR", help="where named sets lie or are downloaded to (data)")
-    sets.add_argument("--size", type=number(int, 1, 1024), metavar="PIXELS",
-                      help="scale the images to this side (the images' own; v2.3: 64; vgg, resnet, mobilenet, "
-                      "squeezenet: 224, cropped out of 256)")
-    sets.add_argument("--classes", type=lambda text: text.split(","), metavar="NAME,...",
-                      help="these classes alone (all)")
-    sets.add_argument("--train-size", type=positive, metavar="N", help="train on N images (all)")
-    sets.add_argument("--test-size", type=positive, metavar="N", help="test on N images (all)")
-    sets.add_argument("--val-share", type=number(float, 0, 0.9), metavar="X",
-                      help="hold this share of the training images out and choose the best epoch on it "
-                      "(0: the best is chosen on the test images)")
-    sets.add_argument("--variant", choices=data.VARIANTS, help="make the training set unequal (constrained) "
-                      "and, all but that one, equal again (complete)")
-    sets.add_argument("--constrain", type=shares, metavar="CLASS=X,...",
-                      help="the share of a class's training images that --variant keeps "
-                      "(bird=0.5,deer=0.5,truck=0.5)")
-    sets.add_argument("--blur", type=number(float, 0, 10), metavar="SIGMA",
-                      help="blur all images, train and test, by a Gaussian of SIGMA pixels (0)")
-    sets.add_argument("--noise", type=number(float, 0, 10), metavar="STD", help="Gaussian noise on the network's "
-                      "input, train and test, on pixels of 0-1; the clean image is what it shall rebuild (0)")
-    sets.add_argument("--rotate", type=number(float, 0, 180), metavar="DEGREES",
-                      help="turn training images by up to so much, either way (0; joint5, cnn6: 10)")
-    sets.add_argument("--no-flip", dest="flip", **off,
-                      help="no left-right flips in training (flips; never on mnist and svhn)")
-
-    loss = parser.add_argument_group(
-        "loss", "alpha * cross entropy + beta * reconstruction error + gamma * sum of squares / 2 + "
-        "delta * reconstruction error from jumbled tiles + kl * divergence of a variational code")
-    loss.add_argument("--alpha", type=share, metavar="X", help="weight of the classifier loss (1)")
-    loss.add_argument("--beta", type=share, metavar="X", help="weight of the autoencoder loss (1)")
-    loss.add_argument("--gamma", type=share, metavar="X", help="weight of the L2 loss (0; v4: 0.001)")
-    loss.add_argument("--delta", type=share, metavar="X", help="weight of the jigsaw loss (0)")
-    loss.add_argument("--kl", type=share, metavar="X", help="weight of the KL loss of vae, per value of an image; "
-                      "2 s^2 for pixels of standard deviation s (0; vae: 0.02)")
-    loss.add_argument("--jigsaw-grid", type=number(int, 2, 32), metavar="N",
-                      help="cut a picture into N x N tiles (4)")
-    loss.add_argument("--class-weights", choices=["balanced"],
-                      help="weigh the classifier loss so that every class counts the same (off)")
-
-    training = parser.add_argument_group("training")
-    training.add_argument("--optimizer", choices=OPTIMIZERS, help="(sgd)")
-    training.add_argument("--lr", type=number(float, 0, above=True), metavar="X", help="learning rate (0.01)")
-    training.add_argument("--momentum", type=number(float, 0, 1), metavar="X", help="of sgd (0.9)")
-    training.add_argument("--weight-decay", type=share, metavar="X", help="(0.0001)")
-    training.add_argument("--lr-step", type=positive, metavar="N",
-                          help="multiply the learning rate every N epochs (10) ...")
-    training.add_argument("--lr-decay", type=number(float, 0, 1, above=True), metavar="X",
-                          help="... by this (0.1)")
-    training.add_argument("--epochs", type=positive, metavar="N", help="(40)")
-    training.add_argument("--batch-size", type=positive, metavar="N",
-                          help="images per step, of all processes together (32)")
-    training.add_argument("--separate", **on, help="the first half of the epochs trains the autoencoder alone, "
-                          "the second the classifier on its encoder")
-    training.add_argument("--no-freeze-encoder", dest="freeze_encoder", **off,
-                          help="with --separate: the second half trains the encoder, too")
-
-    run = parser.add_argument_group("run")
-    run.add_argument("--seed", type=number(int, 0, 2**31), metavar="N",
-                     help="of weights, order, flips, crops, noise, dropout, tiles and draws (0)")
-    run.add_argument("--device", help="auto, cpu, cuda, cuda:1 (auto)")
-    run.add_argument("--precision", choices=("auto", "bf16", "fp32"),
-                     help="auto is bf16 where the device has it in hardware (auto)")
-    run.add_argument("--output", metavar="DIR", help="where run folders go (outputs)")
-    run.add_argument("--sweep", choices=SWEEPS, help="train the members of a comparison in turn, then table and "
-                     "pictures: " + "; ".join(f"{name}: {' '.join(names)}" for name, names in SWEEPS.items()))
-    run.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with its settings; "
-                     "--epochs N lengthens it")
-    return parser
-
-
-def settle(args):
-    """The run's settings from its flags and its recipe. UsageError."""
-    version = args.version or "v4"
-    models.find(version)
-    s = Namespace(version=version, data_dir=args.data_dir or "data", device=args.device or "auto",
-                  **{key: usual if getattr(args, key, None) is None else getattr(args, key)
-                     for key, usual in RECIPES[version].items()})
-    if args.no_decoder:
+def settle(given):
+    """The run's settings, a Namespace, from the flags that were given (a dict) and the recipe. UsageError."""
+    given = {key: value for key, value in given.items() if key not in ACTS}
+    networks = [key for key in ("encoder", "classifier", "decoder") if given.get(key, "none") != "none"]
+    if "version" not in given and networks:
+        given["version"] = "custom"
+    version = given.get("version", "v4")
+    if version == "custom":
+        if "encoder" not in given:
+            raise UsageError(f"--{networks[0] if networks else 'version custom'}: expected --encoder NOTATION beside "
+                             "it, or --version NAME, the network that it changes")
+        if given.get("alpha", 1) and "classifier" not in given:
+            given["classifier"] = "L'(10)"  # linear, on the code
+    s = Namespace(**recipe(version) | given)
+    if s.decoder == "none" and "beta" not in given:
         s.beta = 0.0
-    network = models.VERSIONS[version]
-
-    def refuse(condition, flag, why):
-        if condition:
-            raise UsageError(f"--{flag}: {why}")
-    for notation in (args.encoder, args.classifier):
-        if notation is not None and notation not in {*models.BACKBONES, *models.OWN}:
-            models.parse(notation)
-    refuse(s.alpha and not (s.classifier or network.classifier), f"alpha {s.alpha:g}",
-           f"{version} has no classifier; --classifier NOTATION gives it one")
-    refuse(s.classifier and not s.alpha, f"classifier {s.classifier}",
-           "is not trained with alpha 0; add --alpha 1")
-    refuse(network.decoder is None and rebuilds(vars(s)), f"beta {s.beta:g} --delta {s.delta:g}",
-           f"{version} has no decoder")
-    refuse(s.kl and "N(" not in (s.encoder or network.encoder), f"kl {s.kl:g}",
-           "needs an encoder that ends in N(n)")
-    decoder = "there is no decoder with --no-decoder; leave one of the two out"
-    refuse(s.no_decoder and args.beta, f"beta {args.beta or 0:g}", decoder)
-    refuse(s.no_decoder and s.delta, f"delta {s.delta:g}", decoder)
-    refuse(not s.alpha and not rebuilds(vars(s)), "alpha 0 --beta 0", "there is nothing to train on; one must "
-           "be above 0" + " (--no-decoder makes beta 0)" * s.no_decoder)
-    refuse(s.separate and not (s.alpha and rebuilds(vars(s))), "separate",
-           "trains a decoder and then a classifier; expected alpha and beta (or delta) above 0, and a decoder")
-    refuse(s.separate and s.epochs < 2, f"epochs {s.epochs}", "--separate has two halves; expected at least 2")
-    refuse(not s.freeze_encoder and not s.separate, "no-freeze-encoder", "belongs to --separate")
-    refuse(s.constrain and s.variant == "complete", "constrain",
-           "belongs to --variant constrained, undersampled, oversampled or smote")
-    refuse(args.jigsaw_grid and not s.delta, f"jigsaw-grid {s.jigsaw_grid}", "belongs to --delta above 0")
-    refuse(s.class_weights and not s.alpha, f"class-weights {s.class_weights}", "needs alpha above 0")
-    refuse(args.momentum is not None and s.optimizer != "sgd", f"momentum {s.momentum:g}",
-           f"belongs to --optimizer sgd, not {s.optimizer}")
-    refuse(args.pretrained is False and not RECIPES[version]["pretrained"], "no-pretrained",
-           f"{version} has no pretrained weights")
-    if args.dataset is not None and args.dataset not in data.NAMES and Path(args.dataset).exists():
-        s.dataset = str(Path(args.dataset).resolve())  # a later evaluation finds it from any folder
-    elif args.dataset is None and s.dataset == "cifar10":
-        s.dataset = None  # or shapes, where it cannot be had
+    if "dataset" not in given and s.dataset == "cifar10":
+        s.dataset = None  # or shapes, where it is unavailable
+    elif s.dataset not in (*data.NAMES, "shapes") and Path(s.dataset).exists():
+        s.dataset = str(Path(s.dataset).resolve())  # a later evaluation finds it from any folder
+    check_network(s, given)
+    check_training(s, given)
     s.flip = s.flip and s.dataset not in data.NEVER_FLIPPED
     return s
 
 
-def reopen(args):
-    """(settings, folder, last.pt's content or None) of a run that is to go on. UsageError."""
-    folder = Path(args.resume)
+def check_network(s, given):
+    """UsageError where the settings contradict the network, or would have no effect on it."""
+    version = models.VERSIONS.get(s.version) or models.Version(s.encoder)
+    no_decoder = s.decoder == "none" or (version.decoder is None and not s.decoder)
+    lacks = {}  # the tensors of loss terms that the network cannot give, and why
+    if not (s.classifier or version.classifier):
+        lacks["logits"] = f"{s.version} has no classifier; --classifier NOTATION adds one"
+    if no_decoder:
+        lacks["reconstruction"] = f"{s.version} has no decoder here; expected 0, or --decoder mirror"
+        lacks["jigsaw_reconstruction"] = lacks["reconstruction"]
+    if "N(" not in (s.encoder or version.encoder):
+        lacks["mean"] = "needs an encoder that ends in N(n)"
+    for flag, weight in evaluate.loss_weights(s).items():
+        for name in losses.needed({flag: weight}) & set(lacks):
+            raise UsageError(f"--{flag} {weight:g}: {lacks[name]}")
+    if "classifier" in given and not evaluate.classifies(s):
+        raise UsageError(f"--classifier {s.classifier}: is not trained with alpha 0; add --alpha 1")
+    if s.skip and not evaluate.classifies(s):
+        raise UsageError("--skip: changes the classifier, which is not trained with alpha 0; add --alpha 1")
+    if not evaluate.classifies(s) and not evaluate.rebuilds(s):
+        raise UsageError("nothing to train on: alpha, beta and delta are all 0; expected one above 0")
+    if "pretrained" in given and not recipe(s.version)["pretrained"]:
+        raise UsageError(f"--{'' if s.pretrained else 'no-'}pretrained: {s.version} has no pretrained weights")
+
+
+def check_training(s, given):
+    """UsageError where settings of the data or the training contradict each other, or would have no effect."""
+    if s.separate and not (evaluate.classifies(s) and evaluate.rebuilds(s)):
+        raise UsageError("--separate: trains a decoder and then a classifier; expected alpha and beta (or delta) "
+                         "above 0, and a decoder")
+    if s.separate and s.epochs < 2:
+        raise UsageError(f"--epochs {s.epochs}: --separate has two parts; expected at least 2")
+    for flag, needs, has in (
+            ("freeze_encoder", "--separate", s.separate), ("first_share", "--separate", s.separate),
+            ("first_decay", "--separate", s.separate), ("constrain", "--variant other than complete",
+                                                        s.variant != "complete"),
+            ("jigsaw_grid", "--delta above 0", s.delta), ("class_weights", "--alpha above 0", s.alpha),
+            ("labels", "--alpha above 0", s.alpha), ("momentum", "--optimizer sgd", s.optimizer == "sgd"),
+            ("margin", "--size", s.size), ("clean_test", "--noise above 0", s.noise),
+            ("flip", "images other than digits", not s.flip or s.dataset not in data.NEVER_FLIPPED)):
+        if flag in given and not has:
+            raise UsageError(f"--{flag.replace('_', '-')}: has no effect here; expected {needs} beside it")
+
+
+def resumable(model, state, s):
+    """Whether a checkpoint, which may come from anywhere, has the log and the optimizer's state of a run. Fills
+    the log's rows up with terms that are newer than the run."""
+    rows = state.get("rows")
+    numbers = {"epoch", "lr", "train_loss", "test_loss", "seconds", "images_per_second", "test_seconds"}
+    needed = numbers | {"test_accuracy", "test_mse", "val_accuracy", "val_mse"}
+    if type(rows) is not list or len(rows) != state["epoch"] or type(state.get("tested")) is not dict:
+        return False
+    for row in rows:
+        if type(row) is not dict or not needed <= set(row):
+            return False
+        if any(type(row[key]) not in (int, float) for key in numbers) or any(
+                type(value) not in (int, float, type(None)) for value in row.values()):
+            return False
+    state["rows"] = [dict.fromkeys(columns()) | row for row in rows]
+    try:
+        phase = next(phase for phase in phases(s) if len(rows) <= phase.end)
+        make_optimizer(model, phase).load_state_dict(state["optimizer"])
+    except Exception:  # whatever PyTorch meets first
+        return False
+    return True
+
+
+def reopen(given, folder):
+    """(settings, last.pt's content or None, its model or None) of a run that is to resume. UsageError."""
     try:
         config = json.loads((folder / "config.json").read_text())
-        s = Namespace(**{key: config[key] for key in ("version", "data_dir", "device", *STUDY)})
-    except (OSError, ValueError, TypeError, KeyError):
-        raise UsageError(f"--resume {folder}: expected the folder of a run, with its config.json") from None
-    path = folder / "last.pt"
-    state = load_checkpoint(path) if path.exists() else None
-    if state and not {"rows", "tested", "optimizer"} <= set(state[1]):
-        raise UsageError(f"{path}: not a last.pt of train.py; expected what a run can go on from")
-    done = len(state[1]["rows"]) if state else 0
-    if args.dataset is not None and Path(args.dataset).exists():
-        args.dataset = str(Path(args.dataset).resolve())
-    for key in ("version", "output", *STUDY):
-        value = getattr(args, key, None)  # margin has no flag
-        if value not in (None, getattr(s, key, None)) and key != "epochs":
-            raise UsageError(f"--{key.replace('_', '-')} {value}: a run goes on with its own settings, here "
+        known = {key: value for key, value in config["settings"].items() if key in DEFAULTS}
+        s = Namespace(**recipe(known["version"]) | parse(as_flags(known)) | {"precision": config["precision"]})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        raise UsageError(f"--resume {folder}: expected the folder of a run, with its config.json of this version of "
+                         "the program") from None
+    if s.separate and given.get("epochs", s.epochs) != s.epochs:
+        raise UsageError(f"--epochs {given['epochs']}: would move the parts of a separate training")
+    path, state, model = folder / "last.pt", None, None
+    if path.exists():
+        model, state = evaluate.load_checkpoint(path)
+        if not resumable(model, state, s):
+            raise UsageError(f"{path}: not a last.pt of train.py; expected what a run can resume from")
+    done = len(state["rows"]) if state else 0
+    given = {key: value for key, value in given.items() if key not in ACTS or key == "output"}
+    if "dataset" in given and given["dataset"] not in data.NAMES and Path(given["dataset"]).exists():
+        given["dataset"] = str(Path(given["dataset"]).resolve())
+    for key, value in given.items():
+        if key not in ("epochs", "device", "data_dir") and value != getattr(s, key, str(folder.parent)):
+            raise UsageError(f"--{key.replace('_', '-')} {value}: a run resumes with its own settings, here "
                              f"{getattr(s, key, folder.parent)}; leave it out, or start another run")
-    s.device, s.data_dir = args.device or s.device, args.data_dir or s.data_dir
-    if args.epochs not in (None, s.epochs):
-        if s.separate or args.epochs < done:
-            raise UsageError(f"--epochs {args.epochs}: " + ("would move the halves of a separate training"
-                             if s.separate else f"{done} epochs are done"))
-        s.epochs = args.epochs
-    elif done == s.epochs and (folder / "metrics.json").exists():
+    s.device, s.data_dir = given.get("device", s.device), given.get("data_dir", s.data_dir)
+    s.epochs = given.get("epochs", s.epochs)
+    if s.epochs < done:
+        raise UsageError(f"--epochs {s.epochs}: {done} epochs are done")
+    if s.epochs == done and (folder / "metrics.json").exists():
         raise UsageError(f"--resume {folder}: its {done} epochs are done; --epochs N lengthens it")
-    return s, folder, state
+    return s, state, model
+
+
+@contextlib.contextmanager
+def process_group(given):
+    """The one process group of a torchrun command, whatever it trains; without torchrun, nothing."""
+    if "LOCAL_RANK" not in os.environ:
+        yield
+        return
+    device, local = evaluate.pick_device(given.get("device", "auto")), int(os.environ["LOCAL_RANK"])
+    if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UsageError(f"torchrun: more processes than this machine's {torch.cuda.device_count()} GPUs; "
+                             "expected --nproc_per_node to be at most that")
+        torch.cuda.set_device(local)
+    # A day: the others wait while the first process downloads a data set.
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
+    try:
+        yield
+        dist.barrier()  # all stay until the pictures are drawn
+    finally:
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager
 def first_process_first():
-    """Under torchrun the first process goes through alone (and downloads), then the others."""
-    rank, processes = mine()
+    """Under torchrun the first process passes alone (and downloads), then the others."""
+    rank, processes = evaluate.process()
     if rank:
         dist.barrier()
     yield
@@ -560,21 +843,21 @@ def first_process_first():
 
 
 def prepare(s, model=None):
-    """(dataset on the device, model), every check made, nothing written. Completes the settings.
-    model: the one that goes on; None builds it."""
-    keep_freed_memory()
-    device = pick_device(s.device)
-    if "LOCAL_RANK" in os.environ:  # torchrun
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if s.batch_size < mine()[1]:
-        raise UsageError(f"--batch-size {s.batch_size}: expected at least one image for each of {mine()[1]} "
+    """(dataset on the device, model), every check made, nothing written. Completes the settings with
+    what is used. model: of a run that resumes; None builds it."""
+    evaluate.keep_freed_memory()
+    device, (_, processes) = evaluate.pick_device(s.device), evaluate.process()
+    if device.type == "cuda":
+        if processes > 1:
+            device = torch.device("cuda", torch.cuda.current_device())
+        torch.backends.cudnn.allow_tf32 = s.precision != "fp32"
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the same command, the same bits
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    if s.batch_size < processes:
+        raise UsageError(f"--batch-size {s.batch_size}: expected at least one image for each of {processes} "
                          "processes")
     with first_process_first():
-        dataset = load_data(vars(s), device)
+        dataset = evaluate.prepare_data(s)
     channels, *sides = dataset.train.images.shape[1:]
     if s.size:
         sides = [s.size, s.size]
@@ -582,166 +865,424 @@ def prepare(s, model=None):
         raise UsageError(f"--jigsaw-grid {s.jigsaw_grid}: does not cut images of {sides[1]}x{sides[0]} into equal "
                          "tiles")
     if model is None:
-        changes = {key: getattr(s, key) for key in ("encoder", "classifier", "skip", "pretrained")
-                   if getattr(s, key) is not None}
-        if s.no_decoder:
-            changes["decoder"] = None
-        torch.manual_seed(s.seed)
-        with first_process_first():
-            model = models.build(s.version, (channels, *sides), len(dataset.classes), **changes)
-    s.dataset = s.dataset or dataset.name
-    s.data_dir, s.device = str(Path(s.data_dir).resolve()), str(device)
-    s.precision = pick_precision(s.precision, device)
-    if device.type == "cuda":  # the same command, the same bits
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    return dataset, model.to(device, memory_format=torch.channels_last)
+        model = build(s, (channels, *sides), len(dataset.classes))
+    bounds = data.batch_bounds(len(dataset.train.labels), s.batch_size, processes)
+    smallest = min(stop - start for start, stop in bounds)
+    if smallest < 2 * processes and any(isinstance(layer, torch.nn.BatchNorm2d) for layer in model.modules()):
+        raise UsageError(f"--batch-size {s.batch_size}: {s.version} has BatchNorm; expected at least 2 images for "
+                         "each process in a batch, and in the training set")
+    s.dataset, s.data_dir = s.dataset or dataset.name, str(Path(s.data_dir).resolve())
+    s.precision = evaluate.pick_precision(s.precision, device)
+    return dataset.to(device), model.to(device, memory_format=torch.channels_last)
+
+
+def build(s, in_shape, num_classes):
+    """The network of the settings, its weights from the seed."""
+    changes = {key: getattr(s, key) for key in ("encoder", "classifier", "skip", "pretrained", "decoder")
+               if getattr(s, key) is not None}
+    if s.decoder == "none":
+        changes["decoder"] = None
+    torch.manual_seed(s.seed)
+    with first_process_first():
+        return models.build(models.Version(s.encoder) if s.version == "custom" else s.version, in_shape, num_classes,
+                            **changes)
 
 
 def announce(s, dataset, model, folder):
+    """Prints what is about to run."""
     v, shape = model.version, "x".join(map(str, model.version.in_shape))
+    counts = data.counts(dataset.train, len(dataset.classes))
+    per_class = (f"{counts[0]:,} in each of {len(counts)} classes" if len(set(counts)) == 1 else
+                 ", ".join(f"{name} {count:,}" for name, count in zip(dataset.classes, counts)))
     decoder = "no decoder" if model.decoder is None else f"decoder: {v.decoder}" + (
-        ", not trained as beta is 0" * (not rebuilds(vars(s))))
+        ", not trained as beta is 0" * (not evaluate.rebuilds(s)))
     print(f"{s.version}: {v.encoder} | {v.classifier}{', lower features joined' * v.skip}\n"
           f"{models.parameter_count(model):,} parameters; {decoder}\n"
           f"{dataset.name}, {dataset.source}: {len(dataset.train.labels):,} training and "
-          f"{len(dataset.test.labels):,} test images, {shape}")
-    if s.variant != "complete":
-        counts = zip(dataset.classes, data.counts(dataset.train, len(dataset.classes)))
-        print(f"{s.variant} training images: {', '.join(f'{name} {count:,}' for name, count in counts)}")
-    print(f"{s.epochs} epochs, batch {s.batch_size}, {s.optimizer} lr {s.lr:g}, alpha {s.alpha:g}, "
-          f"beta {s.beta:g}, gamma {s.gamma:g}, delta {s.delta:g}{f', kl {s.kl:g}' * (s.kl > 0)}, seed {s.seed}")
+          f"{len(dataset.test.labels):,} test images, {shape}\ntraining images: {per_class}")
+    if dataset.labelled:
+        print(f"labels: of {len(dataset.labelled.labels):,} training images; the others have none")
+    weights = ", ".join(f"{flag} {weight:g}" for flag, weight in evaluate.loss_weights(s).items()
+                        if weight or flag in ("alpha", "beta"))
+    print(f"{s.epochs} epochs, batch {s.batch_size}, {s.optimizer} lr {s.lr:g}, {weights}, seed {s.seed}")
     if s.separate:
         first = phases(s)[0].end
         print(f"epochs 1 to {first}: the autoencoder alone; {first + 1} to {s.epochs}: the classifier on its "
               f"{'frozen ' * s.freeze_encoder}encoder")
-    print(f"on {s.device} in {s.precision}" + f", {mine()[1]} processes" * (mine()[1] > 1)
+    processes = evaluate.process()[1]
+    print(f"on {dataset.train.images.device} in {s.precision}" + f", {processes} processes" * (processes > 1)
           + f", into {folder}\n", flush=True)
 
 
-def sweep(args, argv):
-    """Trains the members of a comparison in turn, each in a folder below one for all of them, then
-    compares them. The same command again goes on where it stopped."""
-    refused = [flag for flag in ("version", "encoder", "classifier", "resume") if getattr(args, flag)]
-    if refused:
-        stop("train.py", f"--{refused[0]}: cannot be combined with --sweep, which names its own versions")
-    rest = [each for each in argv if not each.startswith("--sweep=")]
-    if "--sweep" in rest:
-        place = rest.index("--sweep")
-        del rest[place:place + 2]
-    first = settle(make_parser().parse_args([*rest, "--version", SWEEPS[args.sweep][0]]))
-    first.dataset = first.dataset or "cifar10"
-    name = run_name(first, RECIPES[first.version]).removeprefix(first.version)
-    output = Path(args.output or "outputs", f"sweep-{args.sweep}{name}")
-
-    def folder_of(version):
-        configs = {path: json.loads(path.read_text()) for path in output.glob("*/config.json")}
-        return next((path.parent for path, config in configs.items() if config["version"] == version), None)
-    for version in SWEEPS[args.sweep]:
-        folder = folder_of(version)
-        if folder and (folder / "metrics.json").exists():
-            print(f"{version}: done, in {folder}")
-            continue
-        print(f"---------------- {version}", flush=True)
-        status = main(["--resume", str(folder)] if folder else
-                      [*rest, "--version", version, "--output", str(output)])
-        if status:
-            print(f"train.py: the same command goes on with {version}", file=sys.stderr)
-            return status
-    print()
-    draw_sweep([folder_of(version) for version in SWEEPS[args.sweep]], output, f"sweep of {args.sweep}")
-    print(f"saved in {output}: sheet.png sweep.md sweep.png")
-    return 0
-
-
-def main(argv):
-    args = make_parser().parse_args(argv)
-    try:
-        if args.sweep:
-            return sweep(args, argv)
-        if args.resume:
-            s, folder, state = reopen(args)
-            dataset, model = prepare(s, state and state[0])
-        else:
-            s, folder, state = settle(args), None, None
-            dataset, model = prepare(s)
-        rank, _ = mine()
-        if rank:
-            sys.stdout = open(os.devnull, "w")
-        else:
-            folder = keep_config(s, dataset, model, folder, args, argv)
-    except (*USER_ERRORS, Stopped) as error:
-        stop("train.py", error)
-    announce(s, dataset, model, folder)
-    again = f"go on with: python train.py --resume {folder}"
-    try:
-        rows, tested = train(model, dataset, s, folder, state and state[1])
-        if not rank:
-            finish(rows, tested, model, dataset, s, folder)
-        if dist.is_initialized():
-            dist.barrier()  # all stay until the pictures are drawn
-            dist.destroy_process_group()
-    except Stopped as error:
-        print(f"train.py: stopped: {error}; its whole epochs are in {folder}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\ntrain.py: interrupted; its whole epochs are in {folder}; {again}", file=sys.stderr)
-        return 130
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0][:100]
-        if "memory" in reason:
-            print(f"train.py: stopped: {reason}; a smaller --batch-size needs less", file=sys.stderr)
-        elif mine()[1] > 1:
-            print(f"train.py: stopped: another process has gone ({reason}); {again}", file=sys.stderr)
-        else:
-            raise
-        return 1
-    return 0
-
-
-def keep_config(s, dataset, model, folder, args, argv):
+def keep_config(requested, s, dataset, model, folder, output, command):
     """Writes config.json, into a new folder where there is none; returns the folder."""
-    command = ["python", "train.py", *argv]
-    config = vars(s) | {
-        "network": vars(model.version) | {"num_classes": model.num_classes},
-        "command": command, "source": dataset.source, "classes": dataset.classes,
+    device = dataset.train.images.device
+    settings = requested | {"dataset": s.dataset, "data_dir": s.data_dir}
+    config = {
+        "settings": settings, "precision": s.precision, "device": str(device),
+        "network": vars(model.version) | {"num_classes": model.num_classes}, "command": command,
+        "source": dataset.source, "classes": dataset.classes,
         "images": {"train": len(dataset.train.labels), "test": len(dataset.test.labels)},
+        "image_shape": list(dataset.train.images.shape[1:]),
         "images_per_class": dict(zip(dataset.classes, data.counts(dataset.train, len(dataset.classes)))),
         "torch": torch.__version__, "python": platform.python_version(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"
-        if s.device == "cpu" else torch.cuda.get_device_name(), "git": git_commit(), "processes": mine()[1],
-        "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+        if device.type == "cpu" else torch.cuda.get_device_name(device), "git": git_commit(),
+        "processes": evaluate.process()[1], "started": time.strftime("%Y-%m-%d %H:%M:%S")}
     if folder is None:
-        named = Namespace(**vars(s) | {"precision": args.precision or "auto"})
-        return make_folder(args.output or "outputs", run_name(named, RECIPES[s.version]), config)
+        return make_folder(output, run_name(Namespace(**settings)), config)
     first = json.loads((folder / "config.json").read_text())
+    config["settings"] = settings = settings | {"precision": first["settings"]["precision"]}  # "auto", as asked for
+    for key in ("classes", "images", "image_shape"):
+        if config[key] != first[key]:
+            raise UsageError(f"--resume {folder}: the data set's {key.replace('_', ' ')} are {config[key]}; expected "
+                             f"{first[key]}, as when the run began")
     resumed = first.get("resumed", []) + [{key: config[key] for key in ("command", "git", "started")}]
-    write_json(folder / "config.json", config | {key: first[key] for key in ("command", "git", "started")}
-               | {"resumed": resumed})
+    evaluate.write_json(folder / "config.json", config | {key: first[key] for key in ("command", "git", "started")}
+                        | {"resumed": resumed})
+    before = run_name(Namespace(**settings | {"epochs": first["settings"]["epochs"]}))
+    renamed = folder.with_name(run_name(Namespace(**settings)))
+    if folder.name == before != renamed.name and not renamed.exists():  # lengthened: another number of epochs
+        folder = folder.rename(renamed)
     return folder
 
 
 def finish(rows, tested, model, dataset, s, folder):
-    """The pictures, metrics.json and the last words of a run."""
+    """The pictures, metrics.json and the last lines of a run."""
     metrics = summarise(rows, tested, model, dataset)
-    draw_curves(rows, folder / "curves.png", f"{folder.name} on {dataset.name}")
+    evaluate.draw_curves(rows, folder / "curves.png", f"{folder.name} on {dataset.name}")
     if model.decoder is not None:
-        note = "" if rebuilds(vars(s)) else "\n(the decoder is untrained: beta 0)"
-        draw_reconstructions(model, dataset, vars(s), folder, note)
+        note = "" if evaluate.rebuilds(s) else " (the decoder is not trained: beta 0)"
+        evaluate.draw_reconstructions(model, dataset, s, folder, note)
     if dataset.synthetic:
-        draw_synthetic(dataset, folder)
-    if models.gaussian(model) and rebuilds(vars(s)):
-        draw_variational(model, dataset, vars(s), folder)
-    write_json(folder / "metrics.json", metrics)  # last: its presence says that the run is whole
-    if s.alpha:
-        accuracy = metrics["accuracy"]
+        evaluate.draw_synthetic(dataset, folder)
+    if model.variational and evaluate.rebuilds(s):
+        evaluate.draw_variational(model, dataset, s, folder)
+    evaluate.write_json(folder / "metrics.json", metrics)  # last: with it the run is complete
+    if "accuracy" in metrics:
+        accuracy, counts = metrics["accuracy"], data.counts(dataset.test, len(dataset.classes))
         print(f"test accuracy: {accuracy['last']:.2f} % after the last epoch; best (on "
-              f"{accuracy['best_chosen_on']}) {accuracy['best']:.2f} %, epoch {accuracy['best_epoch']}")
-    if rebuilds(vars(s)):
+              f"{accuracy['best_chosen_on']}) {accuracy['best']:.2f} %, epoch {accuracy['best_epoch']}"
+              + f"; the largest class alone {accuracy['largest_class']:.2f} %" * (len(set(counts)) > 1))
+    if metrics["reconstruction"]:
         print("reconstruction: MSE {mse:.6f}, MAE {mae:.5f}, PSNR {psnr:.2f} dB (pixels of 0-1)".format(
             **metrics["reconstruction"]))
-    print(f"saved in {folder}: {' '.join(sorted(each.name for each in folder.iterdir()))}\n"
-          f"next: python evaluate.py --ckpt {folder / 'best.pt'}")
+        if "noisy_psnr" in metrics["reconstruction"]:
+            print(f"the noisy input: PSNR {metrics['reconstruction']['noisy_psnr']:.2f} dB")
+    files = sorted(each.name for each in folder.iterdir() if not each.name.startswith("."))
+    print(f"saved in {folder}: {' '.join(files)}\nnext: python evaluate.py --ckpt {folder / 'best.pt'}")
+
+
+class Result(NamedTuple):
+    model: models.Autoencoder
+    rows: list    # of the log, dicts
+    folder: Path
+
+
+def execute(given, command, output_file=None):
+    """Trains one run, or resumes it, by the flags that were given (a dict). Returns a Result. Raises
+    UsageError and the like, Stopped. output_file: where this process's output goes, moved into the
+    run's folder once that is there."""
+    rank, folder = evaluate.process()[0], None
+    with contextlib.ExitStack() as stack:
+        if rank:
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        if given.get("resume"):
+            folder = Path(given["resume"])
+            if not rank and folder.is_dir():
+                stack.enter_context(locked(folder))
+            s, state, model = reopen(given, folder)
+        else:
+            s, state, model = settle(given), None, None
+        requested = dict(vars(s))
+        dataset, model = prepare(s, model)
+        if not rank:
+            new = folder is None
+            folder = keep_config(requested, s, dataset, model, folder, given.get("output", "outputs"), command)
+            if new:
+                stack.enter_context(locked(folder))
+                if output_file:
+                    os.replace(output_file, folder / "output.txt")
+        try:
+            announce(s, dataset, model, folder)
+            rows, tested = train(model, dataset, s, folder, state)
+            if not rank:
+                finish(rows, tested, model, dataset, s, folder)
+        except BaseException as error:
+            resume = "" if isinstance(error, Stopped) else f"; resume with: python train.py --resume {folder}"
+            error.advice = f"; its whole epochs are in {folder}{resume}" if not rank else ""
+            raise
+    return Result(model.eval(), rows, folder)
+
+
+def run(**settings):
+    """Trains a network as the command does: run(version="v2", epochs=3) is --version v2 --epochs 3.
+
+    settings: by the names of the flags (data_dir="data", flip=False, classes=["cat", "dog"]). Returns
+    a Result: the model in eval mode, the log's rows and the run's folder. Raises a ValueError where
+    the command would end with a message, RuntimeError where a loss is not finite.
+    """
+    for key in settings:
+        if key == "help" or key in ACTS - {"output", "resume"}:
+            raise UsageError(f"{key}: not a setting of one run; expected {' '.join(DEFAULTS)} output resume")
+    flags = as_flags(settings)
+    return execute(parse(flags), ["python", "train.py", *flags])
+
+
+# ---------------------------------------------------------------- many runs
+
+def plan(given):
+    """(the runs of --sweep and --seeds, each a dict of flags; the folder they go into; how to compare them)."""
+    output, sweep = Path(given.get("output", "outputs")), given.get("sweep")
+    for flag in ("jobs", "list"):
+        if flag in given and not sweep and "seeds" not in given:
+            raise UsageError(f"--{flag}: has no effect on one run; expected --sweep or --seeds beside it")
+    common = {key: value for key, value in given.items() if key not in ACTS}
+    runs, against = [{}], None
+    if sweep:
+        for flag in ("version", "encoder", "classifier", "decoder", "name"):
+            if flag in given:
+                raise UsageError(f"--{flag}: has no effect with --sweep, which names its own networks")
+        runs, against, _ = SWEEPS[sweep]
+        common.setdefault("dataset", RECIPES[runs[0]["version"]].get("dataset", "cifar10"))
+        s = settle(runs[0] | common)
+        parts = differences(s, {key: value for key, value in DEFAULTS.items() if key in common and key != "seed"})
+        output = output / "_".join([f"sweep-{sweep}", *parts])
+    seeds = range(common.get("seed", 0), common.get("seed", 0) + given.get("seeds", 1))
+    return [run | common | {"seed": seed} for run in runs for seed in seeds], output, against
+
+
+MEMORY = 2 * 2**30  # bytes that a run may take
+
+
+def jobs_and_threads(given, runs):
+    """(runs at once, CPU threads of each). Small networks use several threads badly; networks of large
+    batches well."""
+    cores, free = torch.get_num_threads(), data.free_memory()
+    jobs = given.get("jobs")
+    if jobs is None:
+        device = evaluate.pick_device(given.get("device", "auto"))
+        if device.type == "cuda":
+            jobs = torch.cuda.device_count() if device.index is None else 1
+        elif max(s.batch_size for s in runs) >= 500:
+            jobs = 1
+        else:
+            jobs = int(min(cores, max(1, free / MEMORY)))
+    jobs = min(jobs, len(runs))
+    return jobs, max(1, cores // max(1, jobs))
+
+
+def child(given, threads, output_file):
+    """One run in a process of its own, which ends with the process that started it."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    torch.set_num_threads(threads)
+    sys.stdout = sys.stderr = open(output_file, "a", buffering=1)
+    with evaluate.errors("train.py"):
+        execute(given, ["python", "train.py", *as_flags(given)], output_file)
+
+
+def start_child(context, given, s, output, threads):
+    """(a running process, the file of its output)."""
+    folder = find_run(output, s)
+    if folder:  # interrupted earlier
+        given = {key: given[key] for key in ("device", "data_dir") if key in given} | {"resume": str(folder)}
+    else:
+        given = given | {"output": str(output)}
+    file = folder / "output.txt" if folder else output / f".output-{os.getpid()}-{run_name(s)}.txt"
+    process = context.Process(target=child, args=(given, threads, file))
+    process.start()
+    return process, file
+
+
+def summary(folder, minutes):
+    """The line of a finished run."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    accuracy = f"{metrics['accuracy']['last']:.2f} %" if "accuracy" in metrics else "-"
+    psnr = f"{metrics['reconstruction']['psnr']:.2f} dB" if metrics["reconstruction"] else "-"
+    return f"{folder.name:<48}{accuracy:>9}{psnr:>10}{minutes:>8.1f} min"
+
+
+def epochs_done(output, s):
+    folder = find_run(output, s)
+    if folder is None or not (folder / "log.csv").exists():
+        return 0
+    return max(0, len((folder / "log.csv").read_text().splitlines()) - 1)
+
+
+def run_all(todo, output, jobs, threads):
+    """Trains runs (pairs of flags and settings), `jobs` at once, each in a process of its own; prints a
+    line as each ends. Returns the names of those that failed."""
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if "forkserver" in methods:
+        context.set_forkserver_preload(["__main__", "train"])  # the imports are done once
+    gpus = torch.cuda.device_count() if todo[0][1].device in ("auto", "cuda") else 0
+    free, waiting, running, failed, begun = list(range(jobs)), list(todo), {}, [], time.time()
+    try:
+        while waiting or running:
+            while waiting and free:
+                (given, s), slot = waiting.pop(0), free.pop(0)
+                if gpus:
+                    given = given | {"device": f"cuda:{slot % gpus}"}
+                process, file = start_child(context, given, s, output, threads)
+                running[process.sentinel] = process, file, s, slot, time.time()
+            if sys.stdout.isatty():
+                show_state(todo, waiting, running, output, begun)
+            for sentinel in multiprocessing.connection.wait(list(running), 2 if sys.stdout.isatty() else None):
+                process, file, s, slot, start = running.pop(sentinel)
+                process.join()
+                print("\r\x1b[K" * sys.stdout.isatty(), end="")  # the line of the state is cleared
+                free.append(slot)
+                folder = find_run(output, s)
+                if process.exitcode == 0:
+                    print(summary(folder, (time.time() - start) / 60), flush=True)
+                    continue
+                file = file if file.exists() else folder / "output.txt"
+                lines = file.read_text().split("\n")
+                failed.append(run_name(s))
+                last = next((line for line in reversed(lines) if line), "it printed nothing")
+                print(f"{run_name(s)}: failed: {last} (status {process.exitcode}; its output is in {file})",
+                      flush=True)
+    except BaseException as error:
+        for process, *_ in running.values():
+            process.terminate()
+            process.join()
+        error.advice = "; the same command resumes the runs"
+        raise
+    return failed
+
+
+def show_state(todo, waiting, running, output, begun):
+    """On a terminal, the line of what is running and the time left, from the epochs done since the start."""
+    total = sum(s.epochs for _, s in todo)
+    left = sum(s.epochs for _, s in waiting)
+    left += sum(s.epochs - epochs_done(output, s) for _, _, s, *_ in running.values())
+    rest = f", about {(time.time() - begun) / (total - left) * left / 60:.0f} min left" if total > left else ""
+    line = f"{len(todo) - len(waiting) - len(running)} of {len(todo)} done{rest}; running: " + ", ".join(
+        run_name(s) for _, _, s, *_ in running.values())
+    print(f"\r\x1b[K{line[:shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+
+
+def train_many(given, command):
+    """What --sweep, --seeds, --jobs and --list ask for. Returns the exit status."""
+    runs, output, against = plan(given)
+    if given.get("list"):
+        for each in runs:
+            print(shlex.join(["python", "train.py", *as_flags(each), "--seeds", "1", "--output", str(output)]))
+        return 0
+    for each in runs:
+        each.setdefault("dataset", recipe(each.get("version", "v4"))["dataset"])  # no substitute among many
+    pairs = [(each, settle(each)) for each in runs]
+    rank, processes = evaluate.process()
+    state = {True: [], False: []}
+    for pair in pairs:
+        folder = find_run(output, pair[1])
+        state[bool(folder and (folder / "metrics.json").exists())].append(pair)
+    if state[True] and not rank:
+        print(f"{len(state[True])} of {len(pairs)} runs are finished already, in {output}")
+    failed = []
+    if processes > 1 or len(pairs) == 1:
+        for each, s in state[False]:
+            if processes > 1:
+                dist.barrier()  # all have looked before the first one writes
+            folder = find_run(output, s)
+            execute({"resume": str(folder)} if folder else each | {"output": str(output)}, command)
+    elif state[False]:
+        jobs, threads = jobs_and_threads(given, [s for _, s in state[False]])
+        print(f"{len(state[False])} runs, {jobs} at once with {threads} thread{'s' * (threads > 1)} each, into "
+              f"{output}", flush=True)
+        evaluate.prepare_data(state[False][0][1])  # one that is unavailable is an error now, not of each run
+        output.mkdir(parents=True, exist_ok=True)
+        with locked(output):
+            failed = run_all(state[False], output, jobs, threads)
+    if rank or len(pairs) == 1:
+        return 0
+    if failed:
+        print(f"train.py: {len(failed)} of {len(pairs)} runs failed: {' '.join(failed)}; the same command tries "
+              "them again", file=sys.stderr)
+    finished = [folder for _, s in pairs if (folder := find_run(output, s)) and (folder / "metrics.json").exists()]
+    if len(finished) > 1:
+        print()
+        where = output / "comparison" if given.get("sweep") else output / f"comparison-{run_name(pairs[0][1])}"
+        evaluate.compare(finished, where, against)
+        print(f"saved in {where}")
+    return 1 if failed else 0
+
+
+# ---------------------------------------------------------------- the command line
+
+def as_flags(settings):
+    """Settings (a dict) as words of a command line: {"beta": 0.0, "skip": True} as --beta 0 --skip."""
+    words = []
+    for key, value in settings.items():
+        flag = f"--{key.replace('_', '-')}"
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+            continue
+        if isinstance(value, dict):
+            value = ",".join(f"{name}={float(share)!r}" for name, share in value.items())
+        elif isinstance(value, (list, tuple)):
+            value = ",".join(map(str, value))
+        elif isinstance(value, float):
+            value = f"{value:g}" if float(f"{value:g}") == value else repr(float(value))
+        words += [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
+    return words
+
+
+def make_parser(version="v4"):
+    """The command line, its help with the defaults of that version. A flag that is not given is absent."""
+    parser = argparse.ArgumentParser(
+        description=f"Trains an autoencoder with a classifier. In brackets, the defaults of {version}; -h after "
+        "--version NAME shows those of another version.", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.error = evaluate.fail
+    usual = recipe(version)
+    for title, rows in (SETTINGS | ACTIONS).items():
+        group = parser.add_argument_group(title, "alpha * cross entropy + beta * reconstruction error + gamma * L2 + "
+                                          "delta * jigsaw error + kl * KL divergence" if title == "loss" else None)
+        for name, default, accepts, metavar, text in rows:
+            value, flag = usual.get(name, default), f"--{name.replace('_', '-')}"
+            if isinstance(value, list):
+                value = ",".join(value)
+            elif isinstance(value, float):
+                value = f"{value:g}"
+            shown = "" if value is None else f" ({'yes' if value is True else 'no' if value is False else value})"
+            if accepts is bool:
+                group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text + shown)
+            elif isinstance(accepts, tuple) and not isinstance(accepts, Number):
+                group.add_argument(flag, choices=accepts, help=text + shown)
+            elif name == "sweep":
+                group.add_argument(flag, choices=SWEEPS, help="train the runs of a table, and compare them: "
+                                   + "; ".join(f"{key}: {sweep.help}" for key, sweep in SWEEPS.items()))
+            else:
+                group.add_argument(flag, type=accepts, metavar=metavar, help=text + shown)
+            if name == "decoder":
+                group.add_argument("--no-decoder", dest="decoder", action="store_const", const="none",
+                                   help="build no decoder; beta is then 0")
+    return parser
+
+
+def parse(argv):
+    """The flags that were given, a dict from setting to value. UsageError."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--version", default="v4")
+    first.error = evaluate.fail
+    return vars(make_parser(first.parse_known_args(argv)[0].version).parse_args(argv))
+
+
+def main(argv):
+    with evaluate.errors("train.py"):
+        given = parse(argv)
+        command = ["python", "train.py", *argv]
+        with process_group(given):
+            if {"sweep", "seeds", "jobs", "list"} & set(given):
+                if "resume" in given:
+                    raise UsageError("--resume: resumes one run; leave out --sweep, --seeds, --jobs and --list")
+                return train_many(given, command)
+            execute(given, command)
+    return 0
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
 In turns, on the same images, each in images per second:
 
-    study    the study's way: an image folder, one loading worker, float32, contiguous memory,
-             ReLU before pool, the library's layers, the L2 sum in Python, .item() at every step;
-             in a process of its own, which none of our settings reach
+    study    as the study trains: an image folder, one loading worker, float32, contiguous memory,
+             ReLU before pool, PyTorch's layers, the L2 sum in Python, .item() at every step; in a
+             process of its own, which none of our settings reach
     sketch   the step of a first sketch, on a batch in memory: as the study's, but channels_last
-             and bfloat16 (where the machine has it), without the .item()
+             and bfloat16 (where the hardware computes it), without the .item()
     ours     train.train_epoch, as train.py runs it
     floor    train.train_epoch on one batch that is already in memory, again and again
     data     the batches alone, with no network
@@ -39,7 +39,7 @@ import train  # noqa: E402
 
 
 def plain_network(version, in_shape, num_classes):
-    """A version made of the library's layers, ReLU before pool, as the study has it."""
+    """A version made of PyTorch's layers, ReLU before pool, as the study has it."""
     model = models.build(version, in_shape, num_classes)
     for part in (model.encoder, model.classifier, model.decoder):
         layers = list(part)
@@ -48,7 +48,7 @@ def plain_network(version, in_shape, num_classes):
                 layers[i:i + 2] = [layers[i + 1], layer]
             elif isinstance(layer, models.ConvTranspose2d):
                 layer.__class__ = nn.ConvTranspose2d
-            elif isinstance(layer, models.Conv2d):
+            elif isinstance(layer, models.WholeMapConv2d):
                 layer.__class__ = nn.Conv2d
             elif isinstance(layer, models.Dropout):
                 layer.__class__ = nn.Dropout
@@ -57,7 +57,7 @@ def plain_network(version, in_shape, num_classes):
 
 
 def plain_loss(model, images, labels, s):
-    """The three terms and their weighted sum, as a first version of a program has them."""
+    """The three terms and their weighted sum, written out."""
     logits, rebuilt = model(images)
     classifier, autoencoder = F.cross_entropy(logits, labels), F.mse_loss(rebuilt, images)
     l2 = 0
@@ -108,7 +108,7 @@ def timed(work, images):
 
 
 def peak_memory():
-    """Of this process so far, in MB; None where the system does not tell (Windows)."""
+    """Of this process so far, in MB; None where the system does not say (Windows)."""
     try:
         import resource
     except ImportError:
@@ -121,21 +121,24 @@ def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--version", default="v4", choices=models.VERSIONS, metavar="NAME")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--dataset", help="an image folder (default: data/cifar10, else shapes)")
+    parser.add_argument("--dataset", help="as of train.py (default: data/cifar10, else shapes)")
     parser.add_argument("--images", type=int, default=6400, help="training images in a turn")
     parser.add_argument("--turns", type=int, default=5)
     args = parser.parse_args(argv)
 
-    run = ["--version", args.version, "--batch-size", str(args.batch_size), "--train-size",
-           str(args.images), "--device", "cpu"]
     dataset = args.dataset or ("data/cifar10" if Path("data/cifar10").is_dir() else "shapes")
-    s, = train.phases(train.settle(train.make_parser().parse_args([*run, "--dataset", dataset])))
+    s = train.settle({"version": args.version, "batch_size": args.batch_size, "train_size": args.images,
+                      "device": "cpu", "dataset": dataset})
     dataset, model = train.prepare(s)
-    optimizer, steps = train.make_optimizer(model, s), -(-args.images // args.batch_size)
-    batch = next(data.batches(dataset.train, args.batch_size, epoch_seed=0, size=s.size))
+    s, = train.phases(s)
+    optimizer, steps = train.make_optimizer(model, s), len(data.batch_bounds(args.images, args.batch_size))
+    batch = next(data.batches(dataset.train, args.batch_size, epoch_seed=0, **evaluate.preparation(s)))
     shape = model.version.in_shape
     first = plain_network(args.version, shape, model.num_classes).to(memory_format=torch.channels_last)
     batches = data.batches
+
+    def ours():
+        return timed(lambda: train.train_epoch(model, dataset, optimizer, s, 0), args.images)
 
     with (tempfile.TemporaryDirectory() as folder,
           ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other):
@@ -147,21 +150,18 @@ def main(argv):
         def floor():
             data.batches = lambda *_, **__: itertools.repeat(batch, steps)
             try:
-                return timed(lambda: train.train_epoch(model, dataset.train, optimizer, s, 0),
-                             steps * args.batch_size)
+                return ours() * steps * len(batch[1]) / args.images
             finally:
                 data.batches = batches
 
         ways = {
             "study": lambda: other.submit(study, folder, args.version, shape, model.num_classes, s).result(),
             "sketch": lambda: sketch(first, batch, s, steps),
-            "ours": lambda: timed(lambda: train.train_epoch(model, dataset.train, optimizer, s, 0),
-                                  args.images),
+            "ours": ours,
             "floor": floor,
             "data": lambda: timed(lambda: [None for _ in batches(
-                dataset.train, args.batch_size, epoch_seed=0, flip=s.flip, size=s.size)], args.images),
-            "test": lambda: timed(lambda: evaluate.measure(model, dataset.test, s.precision, size=s.size),
-                                  len(dataset.test.labels))}
+                dataset.train, args.batch_size, epoch_seed=0, flip=s.flip, **evaluate.preparation(s))], args.images),
+            "test": lambda: timed(lambda: evaluate.measure(model, dataset.test, s), len(dataset.test.labels))}
         turns = []
         for turn in range(args.turns + 1):  # the first warms up
             turns.append({name: way() for name, way in ways.items()})

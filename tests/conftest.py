@@ -1,5 +1,9 @@
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -26,3 +30,65 @@ def trained(tiny, tmp_path_factory):
     assert train.main(["--version", "v3", "--dataset", tiny, "--epochs", "2", "--test-size", "20",
                        "--output", str(root), "--device", "cpu"]) == 0
     return tiny, root / "v3_dataset-tiny_test-size20_epochs2"
+
+
+# ---------------------------------------------------------------- programs in processes of their own
+
+# Reads jobs, one a line, and runs each in a fork of this process, which has done the imports that take seconds. The
+# fork ends as every interpreter does, with a last flush of its output.
+SERVER = """
+import gc, json, os, runpy, sys
+import matplotlib.backends.backend_agg, matplotlib.figure, torch, torchvision.datasets, torchvision.transforms.v2
+gc.freeze()  # a fork's end, which collects what it has, would copy all of these pages
+for line in sys.stdin:
+    job = json.loads(line)
+    child = os.fork()
+    if not child:
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    os._exit(0)
+os.chdir(job["folder"])
+os.dup2(os.open("../err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+if job["stdout"] == "closed":  # as after >&-, when the interpreter finds no file 1
+    os.close(1)
+    sys.stdout = sys.__stdout__ = None
+elif job["stdout"] == "pipe":  # whose reader has ended
+    reader, writer = os.pipe()
+    os.dup2(writer, 1)
+    os.close(writer)
+    os.close(reader)
+else:
+    os.dup2(os.open("../out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+sys.argv, sys.path[0] = job["argv"], os.path.dirname(job["argv"][0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+class Done(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory):
+    """python(program, *flags, folder, stdout): runs a file as `python program flags` in a folder, in a process of
+    its own. stdout: "file"; "closed", as by >&-; or "pipe", whose reader has ended. Returns a Done."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs os.fork")
+    command = [sys.executable, "-c", SERVER]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                              cwd=tmp_path_factory.mktemp("server"))
+
+    def run(program, *flags, folder, stdout="file"):
+        for name in ("out", "err"):
+            (folder.parent / name).write_text("")
+        job = {"argv": [str(program), *map(str, flags)], "folder": str(folder), "stdout": stdout}
+        server.stdin.write(json.dumps(job) + "\n")
+        server.stdin.flush()
+        status = int(server.stdout.readline())
+        return Done(status, (folder.parent / "out").read_text(), (folder.parent / "err").read_text())
+    yield run
+    server.stdin.close()
+    server.wait()

@@ -1,12 +1,24 @@
 """Sets from each source, their draws, and their batches against the plain computation."""
+import contextlib
+import errno
+import functools
 import gzip
+import io
 import math
+import multiprocessing
+import os
+import re
 import struct
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import data
 from data import DataError, Split
@@ -21,6 +33,27 @@ def make_folder(root, classes=("ant", "bee"), train=3, test=2, side=8, suffix="p
                 colour = 10 * label + i if mode == "L" else (10 * label + i, 100, 200)
                 Image.new(mode, (side, side), colour).save(root / part / name / f"{i}.{suffix}")
     return root
+
+
+def class_folder(root, train, **arguments):
+    """The same without train/ and test/: <class>/*."""
+    make_folder(root / "parts", train=train, test=1, **arguments)
+    for place in (root / "parts/train").iterdir():
+        place.rename(root / place.name)
+    for place in sorted((root / "parts").rglob("*"), reverse=True):
+        place.unlink() if place.is_file() else place.rmdir()
+    (root / "parts").rmdir()
+    return root
+
+
+def assert_equal(one, two):
+    """Two Datasets are the same in all fields."""
+    assert (one.name, one.source, one.classes, one.synthetic, one.named) == (
+        two.name, two.source, two.classes, two.synthetic, two.named)
+    for part in ("train", "test", "val", "labelled"):
+        a, b = getattr(one, part), getattr(two, part)
+        assert (a is None) == (b is None), part
+        assert a is None or torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels), part
 
 
 def numbered(n, channels=3, height=4, width=5, classes=2):
@@ -45,8 +78,11 @@ def test_a_folder_read_by_several_processes_keeps_its_order(tmp_path, monkeypatc
     alone = data.load(str(tmp_path))
     monkeypatch.setattr(data, "CHUNK", 2)  # 12 chunks: read in worker processes
     shared = data.load(str(tmp_path))
-    assert torch.equal(alone.train.images, shared.train.images)
-    assert torch.equal(alone.test.labels, shared.test.labels)
+    assert_equal(alone, shared)
+    monkeypatch.setattr(data, "CACHE_FROM", 4)
+    for _ in range(2):  # into the cache, and from it
+        assert_equal(alone, data.load(str(tmp_path)))
+    assert len(caches(tmp_path)) == 1
 
 
 def test_the_test_part_alone_leaves_training_pictures_unread(tmp_path):
@@ -58,12 +94,40 @@ def test_the_test_part_alone_leaves_training_pictures_unread(tmp_path):
     assert len(alone.train.labels) == 0 and alone.classes == whole.classes
 
 
-def test_a_grey_folder_has_one_channel_and_refuses_colour(tmp_path):
+def test_a_folder_is_grey_only_if_all_its_pictures_are(tmp_path):
     make_folder(tmp_path, mode="L")
-    assert data.load(str(tmp_path)).train.images.shape == (6, 1, 8, 8)
-    Image.new("RGB", (8, 8), "red").save(tmp_path / "train/bee/9.png")
-    with pytest.raises(DataError, match="9.png: is in colour"):
-        data.load(str(tmp_path))
+    grey = data.load(str(tmp_path))
+    assert grey.train.images.shape == (6, 1, 8, 8) and grey.train.images[:, 0, 0, 0].tolist() == [0, 1, 2, 10, 11, 12]
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "test/bee/9.png")
+    mixed = data.load(str(tmp_path))
+    assert torch.equal(mixed.train.images, grey.train.images.expand(-1, 3, -1, -1))
+    assert mixed.test.images[-1, :, 0, 0].tolist() == [255, 0, 0]
+
+
+def test_a_folder_of_classes_alone_is_split_by_the_seed(tmp_path):
+    root = class_folder(tmp_path / "bugs", train=10)
+    made = data.load(str(root))
+    assert made.source == f"{root} (image folder, 20 % drawn for the test)" and made.classes == ["ant", "bee"]
+    assert data.counts(made.train, 2) == [8, 8] and data.counts(made.test, 2) == [2, 2]
+    values = torch.cat([made.train.images, made.test.images])[:, 0, 0, 0].tolist()
+    assert sorted(values) == list(range(20))  # each picture once
+    assert [value // 10 for value in values] == [*made.train.labels.tolist(), *made.test.labels.tolist()]
+    assert_equal(made, data.load(str(root)))
+    drawn = {tuple(data.load(str(root), seed=seed).test.images[:, 0, 0, 0].tolist()) for seed in range(5)}
+    assert len(drawn) > 1
+    half = data.prepare(str(root), test_share=0.5, test_only=True)
+    assert data.counts(half.test, 2) == [5, 5] and len(half.train.labels) == 0
+    assert "50 % drawn" in half.source
+
+
+def test_each_class_of_a_split_folder_is_in_both_parts(tmp_path):
+    root = class_folder(tmp_path / "bugs", train=2)
+    for share in (0.01, 0.99):
+        made = data.load(str(root), test_share=share)
+        assert data.counts(made.train, 2) == data.counts(made.test, 2) == [1, 1]
+    (root / "bee/1.png").unlink()
+    with pytest.raises(DataError, match="class 'bee' has one picture"):
+        data.load(str(root))
 
 
 def test_unequal_pictures_need_a_size(tmp_path):
@@ -78,11 +142,15 @@ def test_unequal_pictures_need_a_size(tmp_path):
     assert (dataset.train.images[3, :, :, 1:5] == 255).all()  # its edges are smoothed
 
 
-def test_folders_that_cannot_be_read(tmp_path):
+def test_unusable_folders(tmp_path):
     with pytest.raises(DataError, match="no data set"):
         data.load(str(tmp_path / "nowhere"))
-    with pytest.raises(DataError, match="has no folder train/"):
+    with pytest.raises(DataError, match="has no folder train/<class>; expected .* or <class>"):
         data.load(str(tmp_path))
+    (tmp_path / "half/train/ant").mkdir(parents=True)
+    Image.new("L", (8, 8)).save(tmp_path / "half/train/ant/0.png")
+    with pytest.raises(DataError, match="has no folder test/<class>"):
+        data.load(str(tmp_path / "half"))
     root = make_folder(tmp_path / "set")
     (root / "train/bee/1.png").write_bytes(b"not a picture")
     with pytest.raises(DataError, match="bee/1.png: not a picture"):
@@ -137,6 +205,22 @@ def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
         data.read_image(tmp_path / "a.png")
 
 
+@pytest.mark.parametrize("channels, fit, blur", [(3, (8, 8), 0.0), (1, (8, 8), 0.0), (3, (6, 6), 1.5)])
+def test_a_single_picture_is_read_as_the_test_images_are(tmp_path, channels, fit, blur):
+    """Turned by EXIF, of the set's channels and size, blurred."""
+    noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    noise = noise if channels == 3 else noise[..., :1].repeat(3, 2)
+    exif = Image.new("L", (1, 1)).getexif()
+    exif[0x0112] = 6
+    for part, size in (("train", fit[0]), ("test", 8)):
+        (tmp_path / part / "ant").mkdir(parents=True)
+        Image.fromarray(noise).resize((size, size)).save(tmp_path / part / "ant/0.png", exif=exif)
+    dataset = data.prepare(str(tmp_path), size=6, blur=blur)
+    assert dataset.test.images.shape == (1, channels, *fit)
+    images = data.read_picture(tmp_path / "test/ant/0.png", channels, fit, blur)
+    assert torch.equal(images, dataset.test.images) and images.dtype == torch.uint8
+
+
 def npz(path, **changes):
     arrays = dict(x_train=np.arange(6 * 4 * 5 * 3).reshape(6, 4, 5, 3).astype(np.uint8),
                   y_train=np.array([0, 1, 2, 0, 1, 2]),
@@ -148,11 +232,13 @@ def npz(path, **changes):
 
 def test_an_npz_in_each_layout(tmp_path):
     dataset = data.load(npz(tmp_path / "a.npz", classes=np.array(["x", "y", "z"])))
-    assert dataset.classes == ["x", "y", "z"] and dataset.train.images.shape == (6, 3, 4, 5)
+    assert dataset.classes == ["x", "y", "z"] and dataset.named
+    assert dataset.train.images.shape == (6, 3, 4, 5)
     assert dataset.train.images[1, 2, 3, 4] == (((1 * 4 + 3) * 5 + 4) * 3 + 2) % 256
     first = np.arange(6 * 3 * 4 * 5).reshape(6, 3, 4, 5).astype(np.uint8)
     dataset = data.load(npz(tmp_path / "b.npz", x_train=first, x_test=first[:2]))
     assert torch.equal(dataset.train.images, torch.from_numpy(first))
+    assert dataset.classes == ["0", "1", "2"] and not dataset.named
     grey = np.zeros((6, 4, 5), np.uint8)
     dataset = data.load(npz(tmp_path / "c.npz", x_train=grey, x_test=grey[:2],
                             y_train=np.array([[0], [1], [2], [0], [1], [2]])))
@@ -174,10 +260,20 @@ def test_an_npz_in_each_layout(tmp_path):
     (dict(classes=np.array(["a"])), "expected one shape and 3 names"),
     (dict(y_train=np.array([{}, 1, 2, 0, 1, 2], dtype=object)), "plain arrays"),
 ])
-def test_an_npz_that_cannot_be_used(tmp_path, changes, expected):
+def test_an_unusable_npz(tmp_path, changes, expected):
     with pytest.raises(DataError, match=expected) as error:
         data.load(npz(tmp_path / "a.npz", **changes))
     assert "a.npz" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_training_images_of_an_npz_stay_unread_for_the_test_alone(tmp_path):
+    whole = data.load(npz(tmp_path / "a.npz"))
+    path = npz(tmp_path / "b.npz", x_train=np.array([{}], dtype=object))  # cannot be read without pickle
+    alone = data.load(path, test_only=True)
+    assert torch.equal(alone.test.images, whole.test.images) and alone.classes == whole.classes
+    assert len(alone.train.labels) == len(alone.train.images) == 0
+    with pytest.raises(DataError, match="plain arrays"):
+        data.load(path)
 
 
 def test_other_files_are_refused(tmp_path):
@@ -189,21 +285,61 @@ def test_other_files_are_refused(tmp_path):
         data.load(str(tmp_path / "a.txt"))
 
 
-def test_mnist_in_torchvisions_layout(tmp_path):
+PIXELS = np.arange(3 * 28 * 28).reshape(3, 28, 28).astype(np.uint8)
+
+
+def write_mnist(root, labels=(7, 0, 4)):
     """Files as torchvision keeps them: big-endian headers, then bytes."""
-    raw = tmp_path / "MNIST/raw"
+    raw = root / "MNIST/raw"
     raw.mkdir(parents=True)
-    pixels = np.arange(3 * 28 * 28).reshape(3, 28, 28).astype(np.uint8)
     for part in ("train", "t10k"):
-        for name, magic, array in (("images-idx3-ubyte", 2051, pixels),
-                                   ("labels-idx1-ubyte", 2049, np.array([7, 0, 4], np.uint8))):
+        for name, magic, array in (("images-idx3-ubyte", 2051, PIXELS),
+                                   ("labels-idx1-ubyte", 2049, np.array(labels, np.uint8))):
             header = struct.pack(f">{array.ndim + 1}i", magic, *array.shape)
             (raw / f"{part}-{name}").write_bytes(header + array.tobytes())
             with gzip.open(raw / f"{part}-{name}.gz", "wb") as file:
                 file.write(header + array.tobytes())
+    return raw
+
+
+def test_mnist_in_torchvisions_layout(tmp_path):
+    write_mnist(tmp_path)
     dataset = data.load("mnist", tmp_path)
-    assert torch.equal(dataset.train.images, torch.from_numpy(pixels)[:, None])
-    assert dataset.test.labels.tolist() == [7, 0, 4] and dataset.classes[7] == "7"
+    assert torch.equal(dataset.train.images, torch.from_numpy(PIXELS)[:, None])
+    assert dataset.test.labels.tolist() == [7, 0, 4] and dataset.classes[7] == "7" and dataset.named
+    alone = data.load("mnist", tmp_path, test_only=True)
+    assert torch.equal(alone.test.images, dataset.test.images) and alone.train.images.shape == (0, 1, 28, 28)
+
+
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
+@pytest.mark.parametrize("damage", [lambda raw: raw[:len(raw) // 2], lambda raw: raw[:5], lambda raw: b"",
+                                    lambda raw: raw + b"more", lambda raw: b"\xff" * 8 + raw[8:]],
+                         ids=["cut", "header cut", "empty", "longer", "header"])
+def test_a_damaged_file_of_torchvision_is_named_as_such(tmp_path, no_network, name, damage):
+    raw = write_mnist(tmp_path)
+    (raw / name).write_bytes(damage((raw / name).read_bytes()))
+    with pytest.raises(DataError, match="MNIST: damaged .*; delete it to download it again") as error:
+        data.load("mnist", tmp_path)
+    assert "\n" not in str(error.value) and "could not be downloaded" not in str(error.value)
+
+
+@pytest.mark.parametrize("labels", [(7, 0), (7, 0, 10)])
+def test_labels_that_do_not_match_the_images_are_damage(tmp_path, no_network, labels):
+    write_mnist(tmp_path, labels)
+    with pytest.raises(DataError, match="MNIST: damaged .*labels"):
+        data.load("mnist", tmp_path)
+
+
+def test_an_incomplete_set_that_cannot_be_downloaded_is_named(tmp_path, no_network):
+    raw = write_mnist(tmp_path)
+    for path in raw.glob("t10k-images*"):
+        path.unlink()
+    with pytest.raises(DataError, match="MNIST: damaged or incomplete, and could not be downloaded"):
+        data.load("mnist", tmp_path)
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    (tmp_path / "cifar-10-batches-py/data_batch_1").write_bytes(b"cut")
+    with pytest.raises(DataError, match="cifar-10-batches-py: damaged or incomplete"):
+        data.load(None, tmp_path)  # shapes do not stand in for it
 
 
 @pytest.fixture
@@ -221,16 +357,26 @@ def test_a_named_set_is_found_as_an_image_folder(tmp_path, no_network):
 
 
 @pytest.mark.parametrize("name", ["cifar10", "mnist"])
-def test_a_named_set_that_cannot_be_had_is_an_error_and_leaves_nothing(tmp_path, no_network, name):
+def test_an_unavailable_set_is_an_error_and_leaves_nothing(tmp_path, no_network, name):
     with pytest.raises(DataError, match=f"{name} is neither in .*--dataset shapes"):
         data.load(name, tmp_path / "deep" / "data")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_a_name_shapes_stand_in_with_a_warning(tmp_path, no_network, capsys):
+def test_without_a_name_shapes_stand_in_with_a_warning(tmp_path, no_network, few_shapes, capsys):
     assert data.load(None, tmp_path).name == "shapes"
     warning = capsys.readouterr().err
     assert "WARNING: cifar10 is neither" in warning and "say nothing about CIFAR-10" in warning
+
+
+def test_folders_do_not_hide_the_sets_of_those_names(tmp_path, no_network, few_shapes, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "shapes")
+    make_folder(tmp_path / "mnist")
+    assert data.load("shapes").classes == data.SHAPES
+    with pytest.raises(DataError, match="mnist is neither in data/"):
+        data.load("mnist")
+    assert data.load("./shapes").classes == ["ant", "bee"]
 
 
 def test_shapes_do_not_stand_in_for_a_set_that_is_there_but_broken(tmp_path, no_network):
@@ -243,9 +389,304 @@ def test_shapes_do_not_stand_in_for_a_set_that_is_there_but_broken(tmp_path, no_
 def test_a_reader_that_torchvision_lacks_is_named(tmp_path, monkeypatch):
     def needs_scipy(*args, **kwargs):
         raise ModuleNotFoundError("No module named 'scipy'", name="scipy")
-    monkeypatch.setitem(data.NAMES, "svhn", (needs_scipy, {}, {}))
+    monkeypatch.setitem(data.NAMES, "svhn", (needs_scipy, "*_32x32.mat", {}, {}))
     with pytest.raises(DataError, match="pip install scipy"):
         data.load("svhn", tmp_path)
+
+
+# ---------------------------------------------------------------- prepare
+
+@pytest.fixture
+def few_shapes(monkeypatch):
+    """The built-in set of 200 + 100 images, quickly drawn."""
+    monkeypatch.setattr(data, "shapes", functools.partial(data.shapes, 200, 100))
+
+
+@pytest.mark.parametrize("arguments", [
+    {}, dict(seed=4), dict(variant="smote", constrain={"ring": 0.5, "star": 0.3}, labels=50, val_share=0.2),
+    dict(classes=["star", "ring", "bars"], train_size=40, test_size=9, seed=2, blur=0.7),
+    dict(train_size=80, labels=20, variant="constrained", constrain={"bars": 0.4}, blur=1.1, val_share=0.1, seed=3)])
+def test_prepare_is_its_steps_called_one_by_one(arguments, few_shapes):
+    s = dict(classes=None, train_size=None, test_size=None, val_share=0, labels=None, variant="complete",
+             constrain=None, blur=0, seed=0) | arguments
+    expected, seed = data.shapes(), s["seed"]
+    if s["classes"]:
+        expected = data.choose(expected, s["classes"])
+    if s["train_size"]:
+        expected.train = data.take(expected.train, s["train_size"], seed)
+    if s["test_size"]:
+        expected.test = data.take(expected.test, s["test_size"], seed)
+    if s["val_share"]:
+        expected.train, expected.val = data.hold_out(expected.train, s["val_share"], seed)
+    expected.train, expected.synthetic = data.vary(expected.train, expected.classes, s["variant"], s["constrain"],
+                                                   seed)
+    if s["labels"]:
+        expected.labelled = data.take(expected.train, s["labels"], seed)
+    if s["blur"]:
+        expected = expected.map(lambda split: data.blur(split, s["blur"]))
+    made = data.prepare("shapes", **arguments)
+    assert_equal(made, expected)
+    assert (made.labelled is None) == ("labels" not in arguments)
+    alone = data.prepare("shapes", **arguments, test_only=True)
+    assert torch.equal(alone.test.images, made.test.images) and alone.classes == made.classes
+    assert len(alone.train.labels) == 0 and alone.val is None and alone.labelled is None
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    (dict(classes=["dog"]), "--classes: no class 'dog'"), (dict(train_size=201), "--train-size: 201 images asked"),
+    (dict(test_size=101), "--test-size: 101 images"), (dict(val_share=0.001), "--val-share: a share of 0.001 of 200"),
+    (dict(variant="constrained"), "--variant constrained: would leave all 200 images as they are"),
+    (dict(variant="smote", constrain={"ring": 0.05}), "--variant smote: class 1 has 1 training images"),
+    (dict(labels=201), "--labels: 201 images asked for; the set has 200"),
+    (dict(labels=181, val_share=0.1), "--labels: 181 images asked for; the set has 180")])
+def test_an_error_of_a_step_names_its_flag(arguments, expected, few_shapes):
+    with pytest.raises(DataError, match=f"^{expected}"):
+        data.prepare("shapes", **arguments)
+
+
+def test_a_dataset_moves_with_all_its_splits(few_shapes):
+    made = data.prepare("shapes", train_size=100, labels=20, val_share=0.1).to("meta")
+    for split in (made.train, made.test, made.val, made.labelled):
+        assert split.images.device.type == split.labels.device.type == "meta"
+    assert made.train.images.shape == (90, 3, 32, 32) and made.classes == data.SHAPES
+
+
+# ---------------------------------------------------------------- what is read of a folder, memory, cache
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The pictures that are read, in a list."""
+    paths, read_image = [], data.read_image
+
+    def recorded(path, *arguments, **more):
+        paths.append(str(path))
+        return read_image(path, *arguments, **more)
+    monkeypatch.setattr(data, "read_image", recorded)
+    return paths
+
+
+def test_only_the_chosen_pictures_of_a_folder_are_read(tmp_path, reads):
+    root = make_folder(tmp_path, classes=("ant", "bee", "cow"), train=8, test=3)
+    whole = data.load(str(root))
+    flags = dict(classes=["bee", "cow"], train_size=6, test_size=2, val_share=0.34, seed=1)
+    reads.clear()
+    made = data.prepare(str(root), **flags)
+    assert len(reads) == 1 + 6 + 2 and reads[0].endswith("train/ant/0.png")  # the first for its shape
+    assert not any("/ant/" in path for path in reads[1:]) and len(set(reads)) == 9
+    expected = data.choose(whole, flags["classes"])
+    train, expected.test = data.take(expected.train, 6, 1), data.take(expected.test, 2, 1)
+    expected.train, expected.val = data.hold_out(train, 0.34, 1)
+    assert_equal(made, expected)
+
+
+@pytest.mark.parametrize("free, flags, expected", [
+    (30 * 64 * 64 * 3 - 1, {}, "the images take 0.00 GB, 0.00 GB of memory are free; --size 56 or --train-size 16"),
+    (30 * 64 * 64 * 3 - 1, dict(size=64), "--size 56 or --train-size 16 fits"),
+    (11 * 64 * 64 * 3, dict(test_only=True, test_size=10), None), (30 * 48 * 48 * 3, dict(size=48), None),
+    (5 * 64 * 64 * 3, dict(classes=["ant"]), "--size 32 fits"), (100, {}, "no --size fits"),
+    (11 * 64 * 64 * 3, dict(classes=["ant"], train_size=2), None)])
+def test_a_folder_that_does_not_fit_in_memory_is_refused(tmp_path, monkeypatch, reads, free, flags, expected):
+    root = make_folder(tmp_path, train=10, test=5, side=64)
+    monkeypatch.setattr(data, "free_memory", lambda: free)
+    if expected is None:
+        made = data.prepare(str(root), **flags)
+        assert made.test.images.shape[2:] == (flags.get("size", 64),) * 2
+        return
+    with pytest.raises(DataError, match=expected) as error:
+        data.prepare(str(root), **flags)
+    assert len(reads) == 1 and str(error.value).startswith(f"{root}: ") and "\n" not in str(error.value)
+    for flag, value in re.findall(r"--(size|train-size) (\d+)", str(error.value)):  # each of them does fit
+        data.prepare(str(root), **flags | {flag.replace("-", "_"): int(value)})
+
+
+def test_a_folder_too_large_is_fitted_as_each_picture_alone_would_be(tmp_path, monkeypatch):
+    root = make_folder(tmp_path, side=16)
+    monkeypatch.setattr(data, "free_memory", lambda: 10 * 16 * 16 * 3 - 1)
+    made = data.load(str(root), size=8)
+    expected = data.read_image(root / "train/bee/1.png", fit=(8, 8))
+    assert np.array_equal(made.train.images[4].permute(1, 2, 0).numpy(), expected)
+
+
+def test_an_npz_that_does_not_fit_in_memory_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    path = tmp_path / "a.npz"
+    images = np.zeros((1000, 8, 8, 3), np.uint8)
+    labels = np.arange(1000) % 3
+    np.savez_compressed(path, x_train=images, y_train=labels, x_test=images[:9], y_test=labels[:9])
+    monkeypatch.setattr(data, "free_memory", lambda: 100_000)
+    with pytest.raises(DataError, match="a.npz: the images take 0.00 GB.*expected a smaller .npz"):
+        data.load(str(path))
+    assert len(data.load(str(path), test_only=True).test.labels) == 9
+    monkeypatch.setattr(data, "free_memory", lambda: 1009 * 192 + 512)
+    assert len(data.load(str(path)).train.labels) == 1000
+
+
+@pytest.mark.parametrize("files, expected", [
+    ({}, math.inf),
+    ({"proc/meminfo": "MemTotal: 900 kB\nMemAvailable:    500 kB\n", "proc/self/cgroup": "0::/\n"}, 500 * 1024),
+    # Version 2: a limit of the group above, 70,000 of whose bytes are cached files.
+    ({"proc/meminfo": "MemAvailable: 500 kB\n", "proc/self/cgroup": "0::/job/step\n",
+      "sys/fs/cgroup/job/memory.max": "300000\n", "sys/fs/cgroup/job/memory.current": "200000\n",
+      "sys/fs/cgroup/job/memory.stat": "inactive_anon 5\ninactive_file 70000\n",
+      "sys/fs/cgroup/job/step/memory.max": "max\n"}, 170_000),
+    # Version 1, seen from inside a container: only the root is there.
+    ({"proc/meminfo": "MemAvailable: 500 kB\n", "proc/self/cgroup": "4:memory:/docker/1\n3:cpu,cpuacct:/\n",
+      "sys/fs/cgroup/memory/memory.limit_in_bytes": "100000", "sys/fs/cgroup/memory/memory.usage_in_bytes": "90000",
+      "sys/fs/cgroup/memory/memory.stat": "inactive_file 1\ntotal_inactive_file 2000\n"}, 12_000)])
+def test_free_memory_is_the_least_that_any_limit_leaves(tmp_path, monkeypatch, files, expected):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(data, "Path", lambda path: Path(f"{tmp_path}{path}"))
+    assert data.free_memory() == expected
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """An image folder of 10 pictures that is large enough to have a cache."""
+    monkeypatch.setattr(data, "CACHE_FROM", 4)
+    return make_folder(tmp_path / "bugs")
+
+
+def caches(root):
+    return sorted(path.name for path in root.glob(".cache-*"))
+
+
+def test_the_second_load_of_a_folder_decodes_nothing(cached, reads):
+    first = data.load(str(cached))
+    assert len(reads) == 1 + 10 and len(caches(cached)) == 1
+    reads.clear()
+    assert_equal(data.load(str(cached)), first)
+    flags = dict(classes=["bee"], train_size=1, test_size=1)
+    alone = data.prepare(str(cached), **flags)
+    assert alone.train.images.shape == (1, 3, 8, 8) and alone.test.labels.tolist() == [0] and reads == []
+    (cached / caches(cached)[0]).unlink()
+    assert_equal(data.prepare(str(cached), **flags), alone)  # too few pictures to decode all of them
+    assert len(reads) == 3 and caches(cached) == []
+
+
+def test_the_cache_of_a_folder_does_not_depend_on_the_way_to_it(cached, reads, monkeypatch):
+    data.load(str(cached))
+    reads.clear()
+    monkeypatch.chdir(cached)
+    assert len(data.load(".").train.labels) == 6 and reads == []
+    monkeypatch.chdir(cached.parent)
+    assert len(data.load("bugs").train.labels) == 6 and reads == []
+
+
+def test_a_cache_of_fitted_pictures(cached, reads):
+    Image.new("RGB", (24, 12)).save(cached / "train/ant/9.png")
+    first = data.load(str(cached), size=6)
+    assert first.train.images.shape == (7, 3, 6, 6) and caches(cached)[0].startswith(".cache-6-")
+    reads.clear()
+    assert_equal(data.load(str(cached), size=6), first)
+    assert reads == []
+    assert data.load(str(cached), size=5).test.images.shape == (4, 3, 5, 5)
+    assert [name.split("-")[1] for name in caches(cached)] == ["5", "6"]
+
+
+def test_a_grey_folder_has_a_grey_cache(tmp_path, monkeypatch, reads):
+    monkeypatch.setattr(data, "CACHE_FROM", 4)
+    root = make_folder(tmp_path, mode="L")
+    first = data.load(str(root))
+    reads.clear()
+    again = data.load(str(root))
+    assert_equal(again, first)
+    assert again.train.images.shape == (6, 1, 8, 8) and reads == []
+
+
+def change_pixels(root):
+    time = os.stat(root / "train/ant/1.png").st_mtime_ns
+    Image.new("RGB", (8, 8), (200, 0, 0)).save(root / "train/ant/1.png")
+    os.utime(root / "train/ant/1.png", ns=(time + 1, time + 1))
+
+
+@pytest.mark.parametrize("change", [
+    change_pixels, lambda root: (root / "train/ant/1.png").unlink(),
+    lambda root: (root / "train/ant/1.png").rename(root / "train/bee/9.png"),
+    lambda root: Image.new("RGB", (8, 8)).save(root / "test/bee/9.png")], ids=["pixels", "deleted", "moved", "added"])
+def test_a_changed_folder_is_read_anew_and_its_old_cache_deleted(cached, change, reads):
+    data.load(str(cached))
+    before = caches(cached)
+    (cached / ".cache-full-0123.npy.99").write_text("left by a killed process")
+    change(cached)
+    reads.clear()
+    made = data.load(str(cached))
+    assert len(reads) == 1 + len(made.train.labels) + len(made.test.labels)
+    assert len(caches(cached)) == 1 and caches(cached) != before
+    (cached / caches(cached)[0]).unlink()
+    assert_equal(made, data.load(str(cached)))
+
+
+@pytest.mark.parametrize("damage", [
+    lambda raw: b"", lambda raw: raw[:50], lambda raw: raw[:-1], lambda raw: b"PK" + raw, lambda raw: b"text" * 400,
+    lambda raw: raw.replace(b"|u1", b"|i1"), lambda raw: raw.replace(b"(10, 8, 8, 3)", b"(5, 16, 8, 3)"),
+    lambda raw: raw.replace(b"{", b"(", 1)])
+def test_a_damaged_cache_is_written_anew(cached, reads, damage):
+    first = data.load(str(cached))
+    path = cached / caches(cached)[0]
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    assert path.read_bytes() != whole
+    reads.clear()
+    assert_equal(data.load(str(cached)), first)
+    assert len(reads) == 11 and path.read_bytes() == whole
+
+
+def test_a_cache_that_cannot_be_written_leaves_the_pictures_in_memory(cached, reads, monkeypatch):
+    def read_only(path, mode="r", *arguments):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    class Full(io.FileIO):
+        """A file on a disk without room for pictures."""
+        def write(self, content):
+            if isinstance(content, np.ndarray):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(content)
+
+    expected = data.load(str(cached))
+    for name, opened in (("read-only", read_only), ("full", Full)):
+        for path in cached.glob(".cache*"):
+            path.unlink()
+        monkeypatch.setattr(data, "open", opened, raising=False)
+        assert_equal(data.load(str(cached)), expected)
+        assert caches(cached) == [], name
+    monkeypatch.setattr(data, "open", open)
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda folder: SimpleNamespace(free=3000))
+    assert_equal(data.load(str(cached)), expected)
+    assert caches(cached) == []
+
+
+def load_and_count(root, ready, answers):
+    """In a process of its own: the number of pictures decoded, and the sum of the values."""
+    paths, read_image = [], data.read_image
+
+    def recorded(path, *arguments, **more):
+        paths.append(path)
+        return read_image(path, *arguments, **more)
+    data.read_image = recorded
+    ready.release()
+    made = data.load(root)
+    answers.put((len(paths), made.train.images.sum().item()))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no fcntl")
+def test_processes_that_start_at_once_decode_once(cached):
+    import fcntl
+    context = multiprocessing.get_context("fork")
+    ready, answers = context.Semaphore(0), context.Queue()
+    with open(cached / ".cache.lock", "w") as file:  # as another process that is decoding
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        processes = [context.Process(target=load_and_count, args=(str(cached), ready, answers)) for _ in range(3)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            ready.acquire()
+        assert answers.empty() and caches(cached) == []
+    results = [answers.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert sorted(count for count, _ in results) == [0, 0, 11]
+    assert {total for _, total in results} == {data.load(str(cached)).train.images.sum().item()}
 
 
 # ---------------------------------------------------------------- shapes
@@ -259,13 +700,25 @@ def test_shapes_are_the_same_at_every_run_and_balanced():
     assert len(both.unique(dim=0)) == 250  # no image is twice in it, none of train in test
 
 
-def test_a_shape_covers_the_area_that_geometry_says():
-    """A circle of radius 0.8, a ring from 0.5 to 0.9, a square of side 1.4."""
+@pytest.mark.parametrize("name, area", [
+    ("circle", np.pi * 0.64), ("ring", np.pi * (0.81 - 0.25)), ("square", 1.96), ("bars", 2 * 0.5 * 1.8),
+    ("cross", 2 * 1.9 * 0.56 - 0.56 ** 2)])
+def test_a_shape_covers_the_area_that_geometry_says(name, area):
+    """A circle of radius 0.8, a ring from 0.5 to 0.9, a square of side 1.4, bars of 0.5 x 1.8, a cross of
+    two beams of 1.9 x 0.56."""
     axis = torch.linspace(-1.5, 1.5, 1501)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
-    for label, area in ((0, np.pi * 0.64), (1, np.pi * (0.81 - 0.25)), (2, 1.96)):
-        share = (data._inside(label, x, y) < 0).float().mean().item()
-        assert share * 9 == pytest.approx(area, rel=0.01)
+    share = (data.OUTSIDE[name](x, y) < 0).float().mean().item()
+    assert share * 9 == pytest.approx(area, rel=0.01)
+
+
+def test_the_shapes_differ_from_each_other():
+    axis = torch.linspace(-1.2, 1.2, 49)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    masks = torch.stack([outside(x, y) < 0 for outside in data.OUTSIDE.values()]).flatten(1).float()
+    assert data.SHAPES == list(data.OUTSIDE) and len(data.SHAPES) == 10
+    unlike = torch.cdist(masks, masks, p=1) + 1e9 * torch.eye(10)
+    assert unlike.min() > 0.02 * 49 ** 2
 
 
 # ---------------------------------------------------------------- draws and batches
@@ -333,11 +786,31 @@ def test_the_command_prints_counts_and_saves_a_sheet(tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.splitlines()[2].split() == ["ant", "3", "2"]
     assert Image.open(tmp_path / "out/bugs_samples.png").size[0] > 500
-    for wrong in (["--dataset", str(tmp_path / "nowhere")], ["--size", "x"], ["cifar10"]):
+    for wrong in (["--dataset", str(tmp_path / "nowhere")], ["--size", "x"], ["cifar10"], ["--test-share", "1"]):
         with pytest.raises(SystemExit) as end:
             data.main(wrong)
         error = capsys.readouterr().err
         assert end.value.code == 2 and error.count("\n") == 1 and wrong[-1] in error
+
+
+def test_the_command_prints_counts_before_it_saves(tmp_path, capsys):
+    folder = class_folder(tmp_path / "bugs", train=10)
+    with pytest.raises(SystemExit):
+        data.main(["--dataset", str(folder), "--test-share", "0.3", "--output", str(folder / "ant/0.png")])
+    printed = capsys.readouterr()
+    assert [line.split() for line in printed.out.splitlines()[1:]] == [
+        ["class", "train", "test"], ["ant", "7", "3"], ["bee", "7", "3"], ["total", "14", "6"]]
+    assert "30 % drawn" in printed.out and "expected a folder to write to" in printed.err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
+@pytest.mark.parametrize("output", ["| true", ">&-"])
+def test_the_command_ends_quietly_without_a_reader(tmp_path, output):
+    make_folder(tmp_path / "bugs")
+    command = f"{sys.executable} {data.__file__} --dataset bugs {output}"
+    done = subprocess.run(["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"], cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert done.returncode == 0 and re.fullmatch(r"bugs: 10 images read in .* s\n", done.stderr)
 
 
 # ---------------------------------------------------------------- variants of the training set
@@ -374,8 +847,8 @@ def test_the_studys_variants(variant, expected):
     times = torch.bincount(torch.tensor(rows), minlength=160)
     if variant == "oversampled":  # each of the 20 that were kept twice
         for label, (once, twice) in enumerate([(40, 0), (0, 20), (0, 20), (0, 20)]):
-            own = times[whole.labels == label]
-            assert ((own == 1).sum(), (own == 2).sum()) == (once, twice)
+            in_class = times[whole.labels == label]
+            assert ((in_class == 1).sum(), (in_class == 2).sum()) == (once, twice)
     else:
         assert times.max() == 1
     assert torch.equal(made.images, data.vary(whole, NAMES, variant, None, 0)[0].images[:len(rows)])
@@ -397,7 +870,7 @@ def test_other_classes_and_shares():
 
 @pytest.mark.parametrize("variant, shares, expected", [
     ("constrained", {"cat": 0.5}, "no class 'cat'"), ("constrained", {"bird": 0.001}, "'bird' is left with no"),
-    ("smote", {}, "nothing to make of 40"), ("smote", {"bird": 0.02}, "expected two or more")])
+    ("smote", {}, "would leave all 160 images as they are"), ("smote", {"bird": 0.02}, "expected two or more")])
 def test_variants_that_cannot_be_made(variant, shares, expected):
     with pytest.raises(data.DataError, match=expected):
         data.vary(unequal([40, 40, 40, 40]), NAMES, variant, shares, 0)
@@ -409,17 +882,16 @@ def test_smote_lies_between_a_picture_and_one_of_its_nearest_neighbours():
     assert torch.equal(made.images[:42], whole.images)
     synthetic = made.images[42:].flatten(1).double()
     assert data.counts(made, 2) == [30, 30] and made.labels[42:].tolist() == [1] * 18
-    own = whole.images[whole.labels == 1].flatten(1).double()
-    far = torch.cdist(own, own).fill_diagonal_(math.inf)
-    near = far.argsort(1)[:, :3]
+    pictures = whole.images[whole.labels == 1].flatten(1).double()
+    neighbours = torch.cdist(pictures, pictures).fill_diagonal_(math.inf).argsort(1)[:, :3]
     for picture in synthetic:
-        # On some line from a picture to one of its three nearest: picture = a + gap * (b - a).
+        # On the line from a picture to one of its three nearest: picture = a + gap * (b - a).
         misses = []
         for i in range(12):
-            for j in near[i].tolist():
-                way = own[j] - own[i]
-                gap = ((picture - own[i]) @ way / (way @ way)).clamp(0, 1)
-                misses.append((own[i] + gap * way - picture).abs().max().item())
+            for j in neighbours[i].tolist():
+                way = pictures[j] - pictures[i]
+                gap = ((picture - pictures[i]) @ way / (way @ way)).clamp(0, 1)
+                misses.append((pictures[i] + gap * way - picture).abs().max().item())
         assert min(misses) < 1  # rounding to whole pixel values, in each of 48
     assert not torch.equal(made.images[42:], data.smote(whole, seed=1, k=3).images[42:])
 
@@ -444,7 +916,7 @@ def test_holding_out_parts_the_set_in_proportion():
     train, val = data.hold_out(whole, 0.25, seed=0)
     assert data.counts(train, 2) == [30, 15] and data.counts(val, 2) == [10, 5]
     assert sorted(rows_of(train, whole) + rows_of(val, whole)) == list(range(60))
-    with pytest.raises(data.DataError, match="some, not all"):
+    with pytest.raises(data.DataError, match="is 0; expected 1 to 59"):
         data.hold_out(whole, 0.001, 0)
 
 
@@ -508,17 +980,46 @@ def test_noise_is_gaussian_in_pixels_of_0_to_1():
     assert torch.equal(noisy, data.add_noise(images, 0.1, torch.Generator().manual_seed(0)))
 
 
+@pytest.mark.parametrize("n, batch_size, processes, expected", [
+    (10, 4, 1, [(0, 4), (4, 8), (8, 10)]), (9, 4, 1, [(0, 4), (4, 9)]), (8, 4, 1, [(0, 4), (4, 8)]),
+    (1, 4, 1, [(0, 1)]), (3, 1, 1, [(0, 1), (1, 2), (2, 3)]), (0, 4, 1, []), (4, 4, 2, [(0, 4)]),
+    (11, 8, 2, [(0, 11)]), (12, 8, 2, [(0, 8), (8, 12)]), (25, 8, 4, [(0, 8), (8, 16), (16, 25)]),
+    (23, 8, 4, [(0, 8), (8, 23)]), (24, 8, 4, [(0, 8), (8, 16), (16, 24)])])
+def test_a_short_last_batch_is_joined_to_the_one_before(n, batch_size, processes, expected):
+    assert data.batch_bounds(n, batch_size, processes) == expected
+    if n < processes:
+        return
+    for rank in range(processes):
+        shares = [len(labels) for _, labels in data.batches(numbered(n), batch_size, part=(rank, processes))]
+        assert shares == [len(range(start + rank, stop, processes)) for start, stop in expected]
+
+
+def test_a_joined_batch_has_the_images_of_both():
+    split = numbered(9)
+    arguments = dict(epoch_seed=1, flip=True, size=6, margin=True, degrees=5.0)
+    joined, whole = list(data.batches(split, 4, **arguments)), list(data.batches(split, 9, **arguments))
+    assert [len(labels) for _, labels in joined] == [4, 5]
+    assert torch.equal(torch.cat([labels for _, labels in joined]), whole[0][1])
+    torch.testing.assert_close(torch.cat([images for images, _ in joined]), whole[0][0])
+
+
+def test_more_processes_than_images_in_a_batch_are_refused():
+    with pytest.raises(DataError, match="7 images in batches of 2; expected one for each of 3 processes"):
+        next(data.batches(numbered(7), 2, part=(0, 3)))
+
+
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_share_every_batch(processes):
     split = data.shapes(train=21, test=10).train
     arguments = dict(batch_size=4, epoch_seed=5, flip=True, size=14, margin=True)
     whole = list(data.batches(split, **arguments))
     shares = [list(data.batches(split, **arguments, part=(rank, processes))) for rank in range(processes)]
-    for i, (images, labels) in enumerate(whole[:-1]):
-        for rank in range(processes):
-            assert torch.equal(shares[rank][i][0], images[rank::processes])
-            assert torch.equal(shares[rank][i][1], labels[rank::processes])
-    assert [len(share[-1][1]) for share in shares] == [1] * processes  # of the last batch's one image
+    assert [len(labels) for _, labels in whole] == [4, 4, 4, 4, 5]
+    for rank, share in enumerate(shares):
+        assert len(share) == len(whole)
+        for (images, labels), (all_images, all_labels) in zip(share, whole):
+            assert torch.equal(images, all_images[rank::processes])
+            assert torch.equal(labels, all_labels[rank::processes])
 
 
 def test_rotation_is_torchvisions_about_the_centre():
@@ -539,8 +1040,8 @@ def test_training_rotates_within_the_degrees_and_evaluation_does_not():
     split = data._split(images, torch.zeros(200))
     y, x = torch.meshgrid(torch.arange(33.) - 16, torch.arange(33.) - 16, indexing="ij")
 
-    def angles(**how):
-        (made, _), = data.batches(split, 200, scale="0..1", **how)
+    def angles(**arguments):
+        (made, _), = data.batches(split, 200, scale="0..1", **arguments)
         xx, yy, xy = ((made[:, 0] * m).sum((1, 2)) for m in (x * x, y * y, x * y))
         return torch.rad2deg(0.5 * torch.atan2(2 * xy, yy - xx))
     drawn = angles(epoch_seed=0, degrees=10)
@@ -557,3 +1058,57 @@ def test_the_other_scales(scale, low, high):
     torch.testing.assert_close(data.to_pixels(made, scale), images / 255)
     noisy = data.add_noise(made.expand(4000, 3, 2, 3), 0.1, torch.Generator().manual_seed(0), scale)
     assert (noisy - made).std().item() == pytest.approx(0.1 * (high - low), rel=0.02)
+
+
+# ---------------------------------------------------------------- on a device
+
+@contextlib.contextmanager
+def fake_gpu():
+    """A GPU that computes shapes only; what would wait for it (a copy from the CPU, .item()) raises."""
+    with FakeTensorMode():
+        yield torch.device("cuda")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("arguments, side", [
+    (dict(), 32), (dict(scale="-1..1", flip=True), 32), (dict(size=24), 24), (dict(size=40, margin=True), 40),
+    (dict(flip=True, degrees=10.0, size=56, margin=True, part=(1, 2)), 56)])
+def test_batches_need_nothing_but_the_device(channels, arguments, side):
+    with fake_gpu() as device:
+        split = Split(torch.empty((21, channels, 32, 32), dtype=torch.uint8, device=device).contiguous(
+            memory_format=torch.channels_last), torch.zeros(21, dtype=torch.int64, device=device))
+        for epoch_seed in (None, 3):
+            made = list(data.batches(split, 10, epoch_seed, **arguments))
+            assert [len(labels) for _, labels in made] == ([5, 5] if "part" in arguments else [10, 11])
+            for images, labels in made:
+                assert images.device.type == labels.device.type == "cuda" and images.dtype == torch.float32
+                assert images.shape[1:] == (channels, side, side)
+
+
+def test_functions_of_batches_need_nothing_but_the_device():
+    with fake_gpu() as device:
+        images = torch.empty((6, 3, 20, 24), dtype=torch.uint8, device=device)
+        offsets, angles = torch.rand(6, 2, device=device), torch.rand(6, device=device)
+        made = data.normalise(images, 16, True, offsets)
+        assert made.shape == (6, 3, 16, 16) and made.device.type == "cuda"
+        assert data.rotate(made, angles).shape == made.shape
+        assert data.to_pixels(made.half()).dtype == torch.float32
+        assert data._blurred(images, 1.0).shape == images.shape
+        found = data.nearest(images.flatten(1), torch.rand(40, 1440, device=device), 3, chunk=4)
+        assert found.shape == (6, 3) and found.device.type == "cuda" and found.dtype == torch.int64
+    with FakeTensorMode():  # a generator of a fake GPU does not exist
+        made = data.add_noise(torch.empty(6, 3, 20, 24, device="cpu"), 0.1, torch.Generator().manual_seed(0))
+        assert made.shape == (6, 3, 20, 24)
+
+
+def test_fake_and_real_tensors_do_not_meet():
+    """Nothing of a FakeTensorMode stays behind."""
+    with FakeTensorMode():
+        data.normalise(torch.empty(2, 3, 7, 9, dtype=torch.uint8))
+    made = data.normalise(torch.zeros(2, 3, 7, 9, dtype=torch.uint8))
+    assert made[0, 0, 0, 0].item() == pytest.approx(-0.485 / 0.229)
+
+
+def test_counts_are_those_of_bincount():
+    labels = torch.randint(0, 7, (500,), generator=torch.Generator().manual_seed(0))
+    assert data.counts(Split(None, labels), 9) == torch.bincount(labels, minlength=9).tolist()

@@ -1,6 +1,11 @@
-"""Measures against their formulas by hand, checkpoints, and the command itself."""
+"""Measures against their formulas by hand, checkpoints, comparisons, and the command itself."""
+import csv
+import functools
+import itertools
 import json
 import math
+import re
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -10,6 +15,7 @@ from torch import nn
 
 import data
 import evaluate
+import losses
 import models
 import train
 
@@ -19,22 +25,52 @@ class Fixed(nn.Module):
 
     def __init__(self, logits, rebuilt):
         super().__init__()
-        self.encoder, self.classifier, self.decoder = [None], logits, rebuilt
-        self.num_classes, self.version = logits.shape[1], models.Version("", in_shape=rebuilt.shape[1:])
-        self.seen = 0
+        self.classifier, self.decoder, self.variational = logits, rebuilt, False
+        self.num_classes, self.seen = logits.shape[1], 0
 
-    def forward(self, images, classify, reconstruct):
+    def forward(self, images, classify=True, reconstruct=True, posterior=False):
         now = slice(self.seen, self.seen + len(images))
         self.seen += len(images)
         return self.classifier[now], self.decoder[now]
 
+
+def settings(**changes):
+    """What an evaluation needs to know, with its defaults."""
+    return Namespace(**{name: needed.default for name, needed in evaluate.NEEDED.items()} | {"precision": "fp32"}
+                     | changes)
+
+
+def quick(main, argv):
+    """A program's main, with empty files in place of its figures, which take most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "save_figure", lambda figure, path: path.touch())
+        patch.setattr(evaluate, "draw_sheet", lambda rows, names, path, title: path.touch())
+        return main(argv)
+
+
+def train_in(folder, *flags):
+    """A run of train.py in this process, of one epoch; returns its folder."""
+    assert quick(train.main, ["--epochs", "1", "--device", "cpu", "--precision", "fp32", "--output", str(folder),
+                              *flags]) == 0
+    made, = folder.iterdir()
+    return made
+
+
+def evaluate_in(folder, *flags):
+    """A run of evaluate.py in this process; returns its report."""
+    assert quick(evaluate.main, ["--device", "cpu", "--output", str(folder), *map(str, flags)]) == 0
+    report, = folder.rglob("report.json")
+    return json.loads(report.read_text())
+
+
+# ---------------------------------------------------------------- measures
 
 def test_measures_by_hand():
     torch.manual_seed(0)
     images = torch.randint(0, 256, (5, 3, 4, 6), dtype=torch.uint8)
     labels = torch.tensor([0, 1, 2, 1, 1])
     logits, rebuilt = torch.randn(5, 3), 2 * torch.randn(5, 3, 4, 6)
-    result = evaluate.measure(Fixed(logits, rebuilt), data._split(images, labels), batch_size=2)
+    result = evaluate.measure(Fixed(logits, rebuilt), data.Split(images, labels), settings(), batch_size=2)
 
     pixels = images.double() / 255
     mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (data.MEAN, data.STD))
@@ -44,37 +80,81 @@ def test_measures_by_hand():
         "mse": sum(per_image) / 5,
         "mae": error.abs().mean().item(),
         "psnr": sum(10 * math.log10(1 / e) for e in per_image) / 5,
-        "absolute_error_total": error.abs().sum().item(),
-        "absolute_error_per_image": error.abs().sum().item() / 5,
-        "net_error_total": sum(abs(e.sum().item()) for e in error),
-        "net_error_per_image": sum(abs(e.sum().item()) for e in error) / 5,
+        "absolute_error": error.abs().sum().item() / 5,
+        "net_error": sum(abs(e.sum().item()) for e in error) / 5,
         "autoencoder": ((rebuilt - (pixels - mean) / std) ** 2).mean().item(),
         "classifier": -sum(row.log_softmax(0)[label].item() for row, label in zip(logits, labels)) / 5,
         "accuracy": 20 * sum(row.argmax().item() == label for row, label in zip(logits, labels.tolist()))}
+    assert result.keys() == expected.keys() | {"confusion"}
     for key, value in expected.items():
         assert result[key] == pytest.approx(value, rel=1e-4), key
     confusion = np.zeros((3, 3), int)
     for row, label in zip(logits, labels):
         confusion[label, row.argmax()] += 1
     assert result["confusion"] == confusion.tolist()
-    shares = evaluate.per_class(result["confusion"], ["a", "b", "c"])
-    assert shares["b"] == pytest.approx(100 * confusion[1, 1] / 3)
 
 
 def test_a_perfect_reconstruction_has_no_error():
     images = torch.randint(0, 256, (4, 1, 5, 5), dtype=torch.uint8)
-    split = data._split(images, torch.zeros(4, dtype=torch.int64))
-    result = evaluate.measure(Fixed(torch.zeros(4, 2), data.normalise(images)), split)
-    assert result["absolute_error_total"] == 0 and result["psnr"] == 100  # the cap for mse 0
+    split = data.Split(images, torch.zeros(4, dtype=torch.int64))
+    result = evaluate.measure(Fixed(torch.zeros(4, 2), data.normalise(images)), split, settings())
+    assert result["absolute_error"] == 0 and result["psnr"] == 100  # the cap for mse 0
+
+
+def test_noise_is_measured_against_the_clean_images_and_clean_test_switches_it_off():
+    """A network that returns what it sees has the error of the noise itself."""
+    split = data.shapes(train=8, test=60).test
+    model = models.build("v3")
+    model.forward = lambda x, **_: (torch.zeros(len(x), 10), x)
+    result = evaluate.measure(model, split, settings(noise=0.1))
+    assert result["autoencoder"] == pytest.approx(sum((0.1 / std) ** 2 for std in data.STD) / 3, rel=0.02)
+    assert result["psnr"] == result["noisy_psnr"] == pytest.approx(20, abs=0.6)  # 10 log10(1 / 0.1^2), and clamped
+    assert result == evaluate.measure(model, split, settings(noise=0.1))
+    clean = evaluate.measure(model, split, settings(noise=0.1, clean_test=True))
+    assert clean["autoencoder"] == 0 and "noisy_psnr" not in clean
 
 
 def test_measuring_is_the_same_in_every_batch_size_and_leaves_the_mode():
     split = data.shapes(train=8, test=30).test
     model = models.build("v4").train()
-    a, b = (evaluate.measure(model, split, batch_size=size) for size in (7, 30))
+    s = settings(delta=1.0)
+    a, b = (evaluate.measure(model, split, s, batch_size=size) for size in (7, 30))
     assert model.training
-    assert a["confusion"] == b["confusion"]
-    assert a["mse"] == pytest.approx(b["mse"], rel=1e-5)
+    assert a["confusion"] == b["confusion"] and a.keys() == b.keys() >= {"jigsaw", "psnr"}
+    for key in ("mse", "jigsaw", "classifier"):
+        assert a[key] == pytest.approx(b[key], rel=1e-5), key
+    assert set(evaluate.measure(model, split, s, reconstruct=False)) == {"classifier", "accuracy", "confusion"}
+    assert not {"classifier", "accuracy"} & set(evaluate.measure(model, split, s, classify=False))
+
+
+@pytest.mark.parametrize("kind", ["codes", "pixels"])
+def test_knn_is_a_brute_force_search_in_float64(kind):
+    torch.manual_seed(0)
+    points, queries = ((torch.randn(400, 10), torch.randn(90, 10)) if kind == "codes" else
+                       (torch.randint(0, 4, (400, 6), dtype=torch.uint8),
+                        torch.randint(0, 4, (90, 6), dtype=torch.uint8)))
+    labels, answers = torch.randint(0, 5, (400,)), torch.randint(0, 5, (90,))
+    exact, right = points.double().numpy(), dict.fromkeys((1, 4, 7), 0)
+    for query, answer in zip(queries.double().numpy(), answers.tolist()):
+        nearest = labels[np.argsort(((exact - query) ** 2).sum(1), kind="stable")].tolist()
+        for k in right:
+            most = max(map(nearest[:k].count, nearest[:k]))
+            right[k] += next(label for label in nearest[:k] if nearest[:k].count(label) == most) == answer
+    for k, count in right.items():
+        found = evaluate.knn(points, labels, queries, answers, [k], 5, seed=0)
+        assert found["accuracy"] == pytest.approx(100 * count / 90) and found["k"] == k
+
+
+def test_the_best_k_is_chosen_on_held_out_training_images():
+    """Two clusters of which a quarter of the labels is wrong: one neighbour is too few, 15 are enough."""
+    torch.manual_seed(0)
+    labels = torch.arange(400) % 2
+    points = torch.randn(400, 2) * 0.1 + labels[:, None]
+    flipped = torch.rand(400) < 0.25
+    noisy = torch.where(flipped, 1 - labels, labels)
+    found = evaluate.knn(points, noisy, points[:50] + 0.01, labels[:50], [1, 15], 2, seed=0)
+    assert found["k"] == 15 and found["accuracy"] == 100
+    assert evaluate.knn(points, noisy, points[:50] + 0.01, labels[:50], [1], 2, seed=0)["accuracy"] < 90
 
 
 # ---------------------------------------------------------------- the command
@@ -90,105 +170,293 @@ def test_the_checkpoint_alone_gives_the_figures_of_its_training(trained, capsys,
     for key, value in metrics["reconstruction"].items():
         assert report[key] == pytest.approx(value, rel=1e-6)
     assert report["per_class"] == metrics["per_class_accuracy"]
-    for name in ("confusion.png", "recon.png"):
+    for name in ("confusion.png", "recon.png", "codes.png"):
         assert min(Image.open(folder / "evaluation-last" / name).size) > 200
     out = capsys.readouterr().out
     assert f"{metrics['accuracy']['last']:.2f} %" in out and "PSNR" in out
-    assert list(tmp_path.iterdir()) == []  # nothing in the folder it was called from
+    assert list(tmp_path.iterdir()) == []  # nothing in the folder that it was called from
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory):
+    """Noise in three colours, 12x12, which a small network tells apart at once, and a run on it: (npz, arrays,
+    checkpoint, accuracy). The classes have unequal numbers of test images."""
+    root = tmp_path_factory.mktemp("colours")
+    draw = np.random.default_rng(0)
+    arrays = {"classes": np.array(["Deep red", "green", "blue"])}
+    for part, labels in (("train", np.arange(90) % 3), ("test", np.repeat([0, 1, 2], [10, 14, 6]))):
+        images = draw.integers(0, 120, (len(labels), 12, 12, 3))
+        images[np.arange(len(labels)), ..., labels] += 130
+        arrays |= {f"x_{part}": images.astype(np.uint8), f"y_{part}": labels}
+    np.savez(root / "colours.npz", **arrays)
+    folder = train_in(root / "out", "--dataset", str(root / "colours.npz"), "--encoder", "C(8)>L(16)", "--classifier",
+                      "L'(10)", "--optimizer", "adam", "--lr", "0.01", "--epochs", "4", "--batch-size", "10")
+    accuracy = json.loads((folder / "metrics.json").read_text())["accuracy"]["last"]
+    assert accuracy > 90
+    return root / "colours.npz", arrays, folder / "last.pt", accuracy
+
+
+def with_classes(arrays, order, names):
+    """The same images with their classes in another order, under other names (None: without names)."""
+    number = np.argsort(order)
+    made = arrays | {key: number[arrays[key]] for key in ("y_train", "y_test")}
+    return {key: value for key, value in made.items() if key != "classes"} | ({"classes": names} if names else {})
+
+
+@pytest.mark.parametrize("order, names", [
+    ([0, 1, 2], None), ([1, 2, 0], ["green", "blue", "Deep red"]), ([2, 0, 1], ["BLUE", "deep-red", "Green"]),
+    ([0, 2, 1], ["deep_red", "blue.", " green"])])
+def test_classes_are_matched_by_their_names(colours, order, names, tmp_path):
+    """In another order, case and punctuation; a set without names keeps its numbers."""
+    npz, arrays, ckpt, accuracy = colours
+    np.savez(tmp_path / "other.npz", **with_classes(arrays, order, names))
+    report = evaluate_in(tmp_path / "out", "--ckpt", ckpt, "--dataset", tmp_path / "other.npz")
+    assert report["accuracy"] == pytest.approx(accuracy)
+    assert list(map(sum, report["confusion"])) == [10, 14, 6]
+    assert list(report["per_class"]) == ["Deep red", "green", "blue"]
+
+
+@pytest.mark.parametrize("names, message", [
+    (["green", "blue", "yellow"], "its class 'yellow' is none of the checkpoint's: Deep red green blue"),
+    (["green", "blue", "red"], "'red'"), (["green", "green", "blue"], "'green'")])
+def test_other_classes_are_refused(colours, names, message, tmp_path, capsys):
+    npz, arrays, ckpt, _ = colours
+    np.savez(tmp_path / "other.npz", **with_classes(arrays, [1, 2, 0], names))
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(["--ckpt", str(ckpt), "--dataset", str(tmp_path / "other.npz")])
+    assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("classes", [["кот", "пёс", "ёж"], ["C", "C++", "C#"], ["猫", "犬", "鳥"], ["-1", "0", "1"]])
+def test_names_that_differ_in_other_characters_are_different_classes(classes):
+    """Characters that the comparison ignores must not make two classes one."""
+    images = torch.zeros(3, 1, 2, 2, dtype=torch.uint8)
+    made = evaluate.match_classes(data.Dataset("set", "test", [classes[2], classes[0], classes[1]],
+                                               *[data.Split(images, torch.tensor([0, 1, 2]))] * 2), classes)
+    assert made.test.labels.tolist() == made.train.labels.tolist() == [2, 0, 1]
+    assert made.classes == classes
+
+
+def test_another_data_set_is_scaled_to_the_network_and_used_whole(colours, tmp_path):
+    """What made the checkpoint's own training set (--labels, --variant, --val-share) is not done to another one."""
+    npz, arrays, ckpt, accuracy = colours
+    content = torch.load(ckpt, weights_only=True)
+    content["settings"] |= {"labels": 80, "val_share": 0.5, "variant": "smote", "constrain": {"green": 0.1},
+                            "train_size": 90, "test_size": 20}
+    torch.save(content, tmp_path / "changed.pt")
+    larger = {key: arrays[key].repeat(2, 1).repeat(2, 2)[:30] for key in ("x_train", "x_test")}
+    np.savez(tmp_path / "other.npz", **arrays | larger | {"y_train": arrays["y_train"][:30]})
+    report = evaluate_in(tmp_path / "out", "--ckpt", tmp_path / "changed.pt", "--dataset", tmp_path / "other.npz",
+                         "--codes", tmp_path / "codes.npz", "--knn", "1,25")
+    assert report["accuracy"] == pytest.approx(accuracy, abs=4) and sum(map(sum, report["confusion"])) == 30
+    assert report["knn"]["codes"]["accuracy"] > 90
+    with np.load(tmp_path / "codes.npz") as made:
+        assert sorted(made["train_labels"].tolist()) == sorted(arrays["y_train"][:30].tolist())
+
+
+def test_pictures_of_a_folder_are_prepared_as_its_test_images_are(tmp_path, monkeypatch):
+    """Of unequal sizes and kinds: grey, transparent, turned by their EXIF data; scaled and cropped by --size."""
+    draw = np.random.default_rng(0)
+    for part, number in itertools.product(("train", "test"), range(4)):
+        place = tmp_path / "set" / part / "ab"[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = draw.integers(0, 256, (20 + 3 * number, 30, 3), np.uint8)
+        image = Image.fromarray(pixels).convert(("RGB", "L", "RGBA", "RGB")[number])
+        if number == 2:
+            image.putalpha(120)
+        exif = Image.Exif()
+        exif[274] = 6 if number == 3 else 1  # turned by a quarter
+        image.save(place / f"{number}.png", exif=exif)
+    folder = train_in(tmp_path / "run", "--dataset", str(tmp_path / "set"), "--size", "16", "--encoder", "C(4)>L(8)",
+                      "--batch-size", "2", "--blur", "0.5")
+    inputs, forward = [], models.Autoencoder.forward
+
+    def recorded(model, x, **which):
+        inputs.append(x)
+        return forward(model, x, **which)
+    monkeypatch.setattr(models.Autoencoder, "forward", recorded)
+    evaluate_in(tmp_path / "out", "--ckpt", folder / "last.pt")
+    tested = inputs[0]
+    inputs.clear()
+    paths = [tmp_path / f"set/test/{name}.png" for name in ("a/0", "a/2", "b/1", "b/3")]
+    evaluate_in(tmp_path / "pictures", "--ckpt", folder / "last.pt", "--images", *paths)
+    assert tested.shape == (4, 3, 16, 16) and torch.equal(torch.cat(inputs[::2]), tested)
+
+
+def test_images_are_prepared_as_the_test_images_are(tiny, tmp_path, monkeypatch):
+    """With --size, --margin and --blur, to the bit: what the network sees, and so its logits and codes."""
+    folder = train_in(tmp_path / "run", "--version", "v3", "--dataset", tiny, "--size", "24", "--margin", "--blur",
+                      "0.7", "--scale", "0..1")
+    inputs, forward = [], models.Autoencoder.forward
+
+    def recorded(model, x, **which):
+        inputs.append(x)
+        return forward(model, x, **which)
+    monkeypatch.setattr(models.Autoencoder, "forward", recorded)
+    with np.load(tiny) as arrays:
+        pictures = arrays["x_test"][[4, 0, 21]].transpose(0, 2, 3, 1)
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for path, picture in zip(paths, pictures):
+        Image.fromarray(picture).save(path)
+    report = evaluate_in(tmp_path / "pictures", "--ckpt", folder / "last.pt", "--codes", tmp_path / "pictures.npz",
+                         "--images", *paths)
+    seen = torch.cat(inputs[::2])  # each is classified, then rebuilt
+    inputs.clear()
+    evaluate_in(tmp_path / "test", "--ckpt", folder / "last.pt", "--codes", tmp_path / "test.npz")
+    assert seen.shape == (3, 3, 24, 24) and torch.equal(seen, inputs[0][[4, 0, 21]])
+    assert torch.equal(inputs[0], data.normalise(data.prepare(tiny, blur=0.7).test.images, 24, True, scale="0..1"))
+    with np.load(tmp_path / "pictures.npz") as made, np.load(tmp_path / "test.npz") as test:
+        np.testing.assert_allclose(made["codes"], test["codes"][[4, 0, 21]], rtol=1e-5, atol=1e-6)
+        assert made["files"].tolist() == list(map(str, paths)) and made["classes"].tolist() == data.SHAPES
+    model, _ = evaluate.load_checkpoint(folder / "last.pt")
+    with torch.no_grad():
+        chances = model(inputs[0][[4, 0, 21]])[0].softmax(1)
+    for picture, row in zip(report, chances):
+        best = row.argsort(descending=True)[:3].tolist()
+        assert picture["classes"] == {data.SHAPES[label]: pytest.approx(row[label].item(), rel=1e-4)
+                                      for label in best}
 
 
 def test_pictures_by_path(trained, capsys, tmp_path):
+    """A picture of the set's size is taken as it is; another one is scaled and cropped, a grey one made RGB."""
     npz, folder = trained
     with np.load(npz) as arrays:
         square = arrays["x_test"][2].transpose(1, 2, 0)
     Image.fromarray(square).save(tmp_path / "square.png")
     Image.new("L", (50, 40), 77).save(tmp_path / "grey.jpg")
-    assert evaluate.main(["--ckpt", str(folder / "best.pt"), "--output", str(tmp_path / "out"), "--device",
-                          "cpu", "--images", str(tmp_path / "square.png"), str(tmp_path / "grey.jpg")]) == 0
-    report = json.loads((tmp_path / "out/images/report.json").read_text())
-    model, _ = evaluate.load_checkpoint(folder / "best.pt")
-    image = data.normalise(torch.from_numpy(square.copy()).permute(2, 0, 1)[None])
-    precision = evaluate.pick_precision("auto", torch.device("cpu"))
-    with torch.no_grad(), evaluate.autocast(torch.device("cpu"), precision):
-        chances = model.eval()(image)[0][0].float().softmax(0)
-    best = chances.argmax().item()
+    report = evaluate_in(tmp_path / "out", "--ckpt", folder / "best.pt", "--images", tmp_path / "square.png",
+                         tmp_path / "grey.jpg")
     name, chance = next(iter(report[0]["classes"].items()))
-    assert name == data.SHAPES[best] and chance == pytest.approx(chances[best].item(), rel=1e-3)
     assert f"square.png: {name} {100 * chance:.1f}%" in capsys.readouterr().out
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "out/images/0_square.png")), square)
-    assert Image.open(tmp_path / "out/images/1_grey_recon.png").size == (32, 32)
+    images = tmp_path / "out/images"
+    assert np.array_equal(np.asarray(Image.open(images / "0_square.png")), square)
+    assert np.abs(np.asarray(Image.open(images / "1_grey.png")).astype(int) - 77).max() <= 1
+    assert Image.open(images / "1_grey_recon.png").size == (32, 32)
 
 
-def test_runs_are_compared_in_a_table_and_a_picture(trained, tmp_path, capsys):
+def test_codes_are_plain_arrays_of_test_and_training_images(trained, tmp_path):
     npz, folder = trained
-    assert train.main(["--version", "v3", "--dataset", npz, "--epochs", "3", "--separate", "--output",
-                       str(tmp_path), "--device", "cpu"]) == 0
-    other = tmp_path / "v3_dataset-tiny_epochs3_separate"
-    capsys.readouterr()
-    out = tmp_path / "out"
-    assert evaluate.main(["--compare", str(folder), str(other), "--output", str(out)]) == 0
-    printed = capsys.readouterr().out.splitlines()
-    metrics = [json.loads((each / "metrics.json").read_text())["accuracy"] for each in (folder, other)]
-    for line, name, result in zip(printed[2:], (folder.name, other.name), metrics):
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        assert cells[0] == name and cells[2] == f"{result['last']:.2f}"
-        assert cells[3] == f"{result['best']:.2f} (on test, epoch {result['best_epoch']})"
-    assert (out / "comparison.md").read_text().splitlines() == printed[:4]
-    assert min(Image.open(out / "comparison.png").size) > 400
-    with pytest.raises(SystemExit):
-        evaluate.main(["--compare", str(folder), str(tmp_path / "none")])
-    assert "none: not the folder of a run" in capsys.readouterr().err
+    evaluate_in(tmp_path / "out", "--ckpt", folder / "last.pt", "--codes", tmp_path / "codes.npz")
+    model, content = evaluate.load_checkpoint(folder / "last.pt")
+    dataset = evaluate.load_test(model, content, torch.device("cpu"), with_train=True)
+    with np.load(tmp_path / "codes.npz", allow_pickle=False) as made:
+        assert set(made) == {"codes", "labels", "train_codes", "train_labels", "classes"}
+        for part, split in (("", dataset.test), ("train_", dataset.train)):
+            codes = evaluate.encode(model, split, content["settings"])
+            assert codes.shape == (len(split.labels), 64 * 2 * 2) and made[f"{part}codes"].dtype == np.float32
+            np.testing.assert_array_equal(made[f"{part}codes"], codes)
+            np.testing.assert_array_equal(made[f"{part}labels"], split.labels)
+        assert made["classes"].tolist() == data.SHAPES
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["codes.npz", "out"]
 
 
-# ---------------------------------------------------------------- neighbours, anomalies, codes
-
-@pytest.mark.parametrize("kind", ["codes", "pixels"])
-def test_knn_is_a_brute_force_search_in_float64(kind):
-    torch.manual_seed(0)
-    points, queries = ((torch.randn(400, 10), torch.randn(90, 10)) if kind == "codes" else
-                       (torch.randint(0, 4, (400, 6), dtype=torch.uint8), torch.randint(0, 4, (90, 6), dtype=torch.uint8)))
-    labels, answers = torch.randint(0, 5, (400,)), torch.randint(0, 5, (90,))
-    for k in (1, 4, 7):
-        right = 0
-        for query, answer in zip(queries.double().tolist(), answers.tolist()):
-            distances = [sum((a - b) ** 2 for a, b in zip(query, point)) for point in points.double().tolist()]
-            near = [labels[i].item() for i in sorted(range(400), key=lambda i: (distances[i], i))[:k]]
-            most = max(map(near.count, near))
-            right += next(label for label in near if near.count(label) == most) == answer
-        found = evaluate.knn(points, labels, queries, answers, [k], 5, seed=0)
-        assert found["accuracy"] == pytest.approx(100 * right / 90) and found["k"] == k
-
-
-def test_the_best_k_is_chosen_on_held_out_training_images():
-    """One class in a tight cluster among scattered ones of another: 1 is the wrong k, 15 the right."""
-    torch.manual_seed(0)
-    labels = torch.arange(400) % 2
-    points = torch.randn(400, 2) * 0.1 + labels[:, None]
-    flipped = torch.rand(400) < 0.25  # a quarter of the labels is wrong: one neighbour is not enough
-    noisy = torch.where(flipped, 1 - labels, labels)
-    found = evaluate.knn(points, noisy, points[:50] + 0.01, labels[:50], [1, 15], 2, seed=0)
-    assert found["k"] == 15 and found["accuracy"] == 100
-    assert evaluate.knn(points, noisy, points[:50] + 0.01, labels[:50], [1], 2, seed=0)["accuracy"] < 90
-
-
-def test_roc_auc_counts_the_pairs():
-    torch.manual_seed(0)
-    scores, others = torch.randint(0, 9, (30,)).double(), torch.randint(0, 7, (40,)).double()
-    pairs = [(a > b) + 0.5 * (a == b) for a in scores.tolist() for b in others.tolist()]
-    assert evaluate.roc_auc(scores, others) == pytest.approx(sum(pairs) / len(pairs))
-
-
-def test_knn_and_codes_of_a_checkpoint(trained, tmp_path, capsys):
+def test_knn_of_a_checkpoint(trained, tmp_path, capsys):
     npz, folder = trained
-    out = tmp_path / "out"
-    assert evaluate.main(["--ckpt", str(folder / "last.pt"), "--knn", "1,3", "--output", str(out), "--device",
-                          "cpu"]) == 0
-    found = json.loads((out / "report.json").read_text())["knn"]
+    found = evaluate_in(tmp_path / "out", "--ckpt", folder / "last.pt", "--knn", "1,3")["knn"]
     assert found["codes"]["values"] == 64 * 2 * 2 and found["pixels"]["values"] == 3072
+    dataset = data.prepare(npz, test_size=20)
+    points, queries = (split.images.flatten(1) for split in (dataset.train, dataset.test))
+    expected = evaluate.knn(points, dataset.train.labels, queries, dataset.test.labels, [1, 3], 10, 0)
+    assert found["pixels"]["accuracy"] == expected["accuracy"]
     printed = capsys.readouterr().out
     for name in ("codes", "pixels"):
         assert f"kNN on {name}" in printed and f"{found[name]['accuracy']:.2f} %" in printed
-    assert min(Image.open(out / "codes.png").size) > 400
+
+
+def test_an_anomaly_is_a_class_that_was_left_out(tiny, tmp_path, capsys):
+    names = ",".join(data.SHAPES[:-1])
+    folder = train_in(tmp_path, "--version", "cnn10", "--dataset", tiny, "--classes", names)
+    ckpt = str(folder / "best.pt")
+    assert evaluate.main(["--ckpt", ckpt, "--anomaly", "bars", "--device", "cpu"]) == 0
+    result = json.loads((folder / "evaluation-best/anomaly-bars/report.json").read_text())
+    model, content = evaluate.load_checkpoint(ckpt)
+    whole = data.load(tiny).test
+    errors = evaluate.image_errors(model, whole, content["settings"])
+    assert result["mse"] == pytest.approx(errors[whole.labels == 9].mean().item(), rel=1e-5)
+    assert result["mse_others"] == pytest.approx(errors[whole.labels != 9].mean().item(), rel=1e-5)
+    assert result["auc"] == pytest.approx(losses.roc_auc(errors[whole.labels == 9], errors[whole.labels != 9]))
+    assert min(Image.open(folder / "evaluation-best/anomaly-bars/anomaly.png").size) > 400
+
+
+def test_an_anomaly_without_test_images_is_refused(tiny, tmp_path, capsys):
+    """Of three test images none is of that class: its errors would be the mean of nothing."""
+    folder = train_in(tmp_path, "--encoder", "C(4)", "--alpha", "0", "--dataset", tiny, "--test-size", "3",
+                      "--classes", ",".join(data.SHAPES[:-1]))
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(["--ckpt", str(folder / "best.pt"), "--anomaly", "bars", "--device", "cpu"])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and "--anomaly bars: " in error and "no test image" in error
+
+
+def test_the_first_part_of_separate_training_has_no_accuracy(tiny, trained, tmp_path, monkeypatch, capsys):
+    """Its classifier is not trained: a figure would be chance's."""
+    train_epoch = train.train_epoch
+
+    def interrupted(model, dataset, optimizer, s, epoch, *more):
+        if epoch == 1:
+            raise KeyboardInterrupt
+        return train_epoch(model, dataset, optimizer, s, epoch, *more)
+    monkeypatch.setattr(train, "train_epoch", interrupted)
+    with pytest.raises(SystemExit) as end:
+        train_in(tmp_path / "run", "--version", "v3", "--dataset", tiny, "--separate", "--epochs", "2")
+    assert end.value.code == 130
+    folder, = (tmp_path / "run").iterdir()
+    capsys.readouterr()
+    report = evaluate_in(tmp_path / "out", "--ckpt", folder / "best.pt")
+    assert not {"accuracy", "confusion", "per_class", "classifier"} & set(report) and report["psnr"] > 0
+    assert "accuracy: none, the classifier is not trained yet" in capsys.readouterr().out
+    assert not list((tmp_path / "out").glob("confusion.png"))
+    picture = next(trained[1].glob("recon/*_ring.png"))
+    report, = evaluate_in(tmp_path / "pictures", "--ckpt", folder / "best.pt", "--images", picture)
+    assert set(report) == {"image", "reconstruction"}
+
+
+def test_an_untrained_decoder_has_no_reconstruction(colours, tmp_path, capsys):
+    folder = train_in(tmp_path / "run", "--dataset", str(colours[0]), "--encoder", "C(4)", "--beta", "0")
+    capsys.readouterr()
+    report = evaluate_in(tmp_path / "out", "--ckpt", folder / "best.pt")
+    assert "accuracy" in report and not {"mse", "psnr", "autoencoder"} & set(report)
+    assert "reconstruction: none, the decoder is not trained" in capsys.readouterr().out
+    assert not list((tmp_path / "out").glob("recon*"))
+
+
+@pytest.fixture(scope="module")
+def variational(tiny, tmp_path_factory):
+    """A run of a small variational autoencoder, tested on five images."""
+    folder = tmp_path_factory.mktemp("variational")
+    return train_in(folder, "--encoder", "C(4)>N(3)", "--kl", "0.1", "--test-size", "5", "--dataset", tiny)
+
+
+def test_few_test_images_are_enough(variational, tiny, tmp_path):
+    """Two pairs of five images make two rows of walk.png; one image makes none, and no plane of codes."""
+    assert {"prior.png", "walk.png"} <= {each.name for each in variational.iterdir()}
+    evaluate_in(tmp_path / "five", "--ckpt", variational / "last.pt")
+    names = {each.name for each in (tmp_path / "five").iterdir()}
+    assert {"codes.png", "prior.png", "walk.png", "recon.png"} <= names
+    with np.load(tiny) as arrays:
+        np.savez(tmp_path / "one.npz", **dict(arrays) | {key: arrays[key][:1] for key in ("x_test", "y_test")})
+    assert evaluate.main(["--ckpt", str(variational / "last.pt"), "--dataset", str(tmp_path / "one.npz"), "--device",
+                          "cpu", "--output", str(tmp_path / "one")]) == 0
+    report = json.loads((tmp_path / "one/report.json").read_text())
+    assert report["accuracy"] in (0, 100) and report["kl"] > 0
+    assert report["per_class"] == dict.fromkeys(data.SHAPES) | {"circle": report["accuracy"]}
+    names = {each.name for each in (tmp_path / "one").iterdir()}
+    assert {"prior.png", "recon.png", "confusion.png"} <= names and not {"walk.png", "codes.png"} & names
+
+
+def test_the_walk_is_from_one_code_to_another_in_even_steps(variational, tiny, tmp_path, monkeypatch):
+    """Its first and last columns are what the decoder makes of two test images' codes."""
+    model, content = evaluate.load_checkpoint(variational / "last.pt")
+    dataset = evaluate.load_test(model, content, torch.device("cpu"))
+    sheets = {}
+    monkeypatch.setattr(evaluate, "draw_sheet", lambda rows, names, path, title: sheets.update({path.name: rows}))
+    evaluate.draw_variational(model, dataset, content["settings"], tmp_path)
+    rebuilt = evaluate.rebuild(model, data.normalise(dataset.test.images), content["settings"])
+    assert len(sheets["walk.png"]) == 2 and {len(row) for _, row in sheets["walk.png"]} == {10}
+    for _, row in sheets["walk.png"]:
+        for end in (row[0], row[-1]):
+            assert any(torch.allclose(end, each, atol=1e-5) for each in rebuilt)
+        assert not torch.allclose(row[0], row[-1])
 
 
 def test_a_plane_of_longer_codes_has_their_principal_components(tmp_path, monkeypatch):
@@ -206,26 +474,306 @@ def test_a_plane_of_longer_codes_has_their_principal_components(tmp_path, monkey
     assert "(8" in seen[0].axes[0].get_xlabel()  # 25 of 29 parts of the variance, 86 %, or near it
 
 
-def test_an_anomaly_is_a_class_that_was_left_out(tiny, tmp_path, capsys):
-    names = ",".join(data.SHAPES[:-1])
-    assert train.main(["--version", "cnn10", "--dataset", tiny, "--classes", names, "--epochs", "1", "--output",
-                       str(tmp_path), "--device", "cpu"]) == 0
-    folder, = tmp_path.glob("cnn10*")
-    ckpt = str(folder / "best.pt")
-    assert evaluate.main(["--ckpt", ckpt, "--anomaly", "bars", "--device", "cpu"]) == 0
-    result = json.loads((folder / "evaluation-best/anomaly-bars/report.json").read_text())
-    model, content = evaluate.load_checkpoint(ckpt)
-    whole = data.load(tiny).test
-    errors = evaluate.image_errors(model.eval(), whole, content["settings"])
-    assert result["mse"] == pytest.approx(errors[whole.labels == 9].mean().item(), rel=1e-3)
-    assert result["auc"] == pytest.approx(evaluate.roc_auc(errors[whole.labels == 9], errors[whole.labels != 9]))
-    assert min(Image.open(folder / "evaluation-best/anomaly-bars/anomaly.png").size) > 400
-    with pytest.raises(SystemExit):
-        evaluate.main(["--ckpt", ckpt, "--anomaly", "ring"])
-    assert "trained with that class" in capsys.readouterr().err
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn instead of saved, by file name."""
+    drawn = {}
+    monkeypatch.setattr(evaluate, "save_figure", lambda figure, path: drawn.update({path.name: figure}))
+    return drawn
 
 
-# ---------------------------------------------------------------- files
+def test_a_sheet_of_many_classes_continues_in_further_bands(figures, tmp_path):
+    """23 columns of two rows: three bands of ten columns, each picture below its name."""
+    rows = [(name, torch.arange(23.).div(100).add(start).view(23, 1, 1, 1).expand(-1, 1, 2, 2))
+            for name, start in (("original", 0), ("reconstruction", 0.5))]
+    evaluate.draw_sheet(rows, [f"class {i}" for i in range(23)], tmp_path / "a.png", "title")
+    axes = np.array(figures["a.png"].axes).reshape(6, 10)
+    for i in range(23):
+        band, column = 2 * (i // 10), i % 10
+        assert axes[band, column].get_title() == f"class {i}"
+        for row, start in ((band, 0), (band + 1, 0.5)):
+            assert np.allclose(axes[row, column].images[0].get_array(), start + i / 100)
+    assert not any(axis.images for axis in axes[4:, 3:].flat)
+    assert [axis.texts[0].get_text() for axis in axes[:, 0]] == ["original", "reconstruction"] * 3
+
+
+def test_the_confusion_picture_is_in_percent_of_each_true_class(figures, tmp_path):
+    evaluate.draw_confusion([[3, 1, 0], [0, 0, 0], [0, 2, 6]], ["a", "b", "c"], tmp_path / "c.png", "title")
+    axis = figures["c.png"].axes[0]
+    assert {text.get_position(): text.get_text() for text in axis.texts} == {
+        (0, 0): "75.0", (1, 0): "25.0", (1, 2): "25.0", (2, 2): "75.0"}  # (predicted, true)
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["a", "b", "c"]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("predicted class", "true class")
+
+
+# ---------------------------------------------------------------- settings of a checkpoint
+
+SETTINGS = {row.name: row for rows in train.SETTINGS.values() for row in rows}
+
+
+@pytest.mark.parametrize("name", evaluate.NEEDED)
+def test_what_an_evaluation_needs_is_what_training_sets(name):
+    """The same default, the same kind of value, the same bounds or choices as in train.py's table."""
+    needed, row = evaluate.NEEDED[name], SETTINGS[name]
+    assert needed.default == row.default
+    if isinstance(row.accepts, train.Number):
+        assert (needed.accepts, needed.low, needed.high) == (row.accepts.kind, row.accepts.low, row.accepts.high)
+    else:
+        kinds = {train.names: list, train.shares: dict}
+        assert needed.accepts == kinds.get(row.accepts, row.accepts)
+
+
+def test_every_value_that_training_accepts_an_evaluation_reads():
+    given = train.parse(["--size", "24", "--margin", "--scale=-1..1", "--classes", "a,b", "--train-size", "3",
+                         "--test-size", "2", "--val-share", "0.5", "--labels", "1", "--variant", "smote",
+                         "--constrain", "a=1,b=0.25", "--blur", "10", "--noise", "1e-3", "--clean-test",
+                         "--jigsaw-grid", "32", "--seed", "2147483648", "--precision", "bf16", "--beta", "1e9",
+                         "--test-share", "0.9"])
+    assert len(given) == 18
+    for name, value in given.items():
+        assert evaluate.fits(value, *evaluate.NEEDED[name][1:]), name
+    for name, value in (("size", 24.0), ("size", True), ("margin", 1), ("seed", -1), ("classes", "a,b"),
+                        ("classes", ["a", 1]), ("constrain", {"a": 2.0}), ("constrain", {1: 0.5}), ("blur", math.nan),
+                        ("blur", "1"), ("scale", "foo"), ("scale", []), ("alpha", -1.0), ("alpha", True)):
+        assert not evaluate.fits(value, *evaluate.NEEDED[name][1:]), (name, value)
+
+
+# ---------------------------------------------------------------- runs and their comparison
+
+COLUMNS = [f"{part}_{name}" for part in ("train", "test")
+           for name in ("loss", "classifier", "autoencoder", "accuracy")]
+
+
+def write_run(folder, accuracy=None, psnr=20.0, epochs=2, **changes):
+    """The folder of a finished run, as small as evaluate.py reads it."""
+    folder.mkdir(parents=True)
+    chosen = {"seed": 0, "name": None, "device": "auto", "data_dir": "data"} | train.recipe("v3") | changes
+    (folder / "config.json").write_text(json.dumps({"settings": chosen}))
+    with open(folder / "log.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["epoch", *COLUMNS, "test_mse", "val_accuracy", "val_mse"])
+        writer.writeheader()
+        for epoch in range(1, epochs + 1):
+            row = {"epoch": epoch, "test_accuracy": accuracy, "test_mse": 0.01}
+            writer.writerow(dict.fromkeys(COLUMNS, 1 / epoch) | row)
+    metrics = {"reconstruction": {"mse": 0.01, "psnr": psnr} if psnr else None, "code": 256, "parameters": 1234,
+               "megabytes": 0.005, "seconds_per_epoch": 1.0}
+    if accuracy is not None:
+        metrics["accuracy"] = {"last": accuracy, "best": accuracy + 1}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    return folder
+
+
+@pytest.fixture
+def compared(monkeypatch, tmp_path, capsys):
+    """compared(*paths, flags): evaluate.py --compare; returns the table as a list of dicts. Draws no pictures."""
+    monkeypatch.setattr(evaluate, "save_figure", lambda figure, path: path.write_text("drawn"))
+
+    def run(*flags):
+        assert evaluate.main(["--compare", *map(str, flags), "--output", str(tmp_path / "comparison")]) == 0
+        lines = (tmp_path / "comparison/comparison.md").read_text().splitlines()
+        assert capsys.readouterr().out.splitlines()[:len(lines)] == lines
+        assert (tmp_path / "comparison/comparison.png").exists()
+        head, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line[:2] == "| "]
+        return [dict(zip(head, row)) for row in rows]
+    return run
+
+
+def test_a_table_of_two_runs(trained, tmp_path, capsys):
+    """Of real runs, with their pictures."""
+    npz, folder = trained
+    out, other = tmp_path / "out", train_in(tmp_path / "other", "--version", "v3", "--dataset", npz, "--lr", "0.02",
+                                            "--test-size", "20")
+    capsys.readouterr()
+    assert evaluate.main(["--compare", str(folder), str(other), "--output", str(out)]) == 0
+    table = (out / "comparison.md").read_text()
+    assert capsys.readouterr().out.startswith(table)
+    for each in (folder, other):
+        metrics = json.loads((each / "metrics.json").read_text())
+        row, = re.findall(rf"\| 1 \| {metrics['accuracy']['last']:.2f} \| {metrics['accuracy']['best']:.2f} \| "
+                          rf"{metrics['reconstruction']['mse']:.6f} \|", table)
+    for name in ("comparison.png", "sheet.png"):
+        assert min(Image.open(out / name).size) > 200
+
+
+def test_runs_of_one_name_and_other_settings_are_two_groups(compared, tmp_path):
+    write_run(tmp_path / "a/v3", 50.0)
+    write_run(tmp_path / "b/v3", 60.0, lr=0.5)
+    rows = compared(tmp_path / "a", tmp_path / "b/v3")
+    assert [(row["run"], row["n"], row["accuracy, last (%)"]) for row in rows] == [
+        ("v3", "1", "50.00"), ("b/v3", "1", "60.00")]
+    assert "difference" not in rows[0]  # one run each: no interval
+
+
+def test_seeds_are_grouped_and_paired(compared, tmp_path):
+    """Accuracy 50, 52, 54 against 51, 54, 57: differences 1, 2, 3; t is 4.303 for two degrees of freedom."""
+    for seed, (a, b) in enumerate(((50, 51), (52, 54), (54, 57))):
+        suffix = f"_seed{seed}" * (seed > 0)
+        write_run(tmp_path / f"runs/v3{suffix}", float(a), seed=seed)
+        write_run(tmp_path / f"runs/v3_lr0.5{suffix}", float(b), seed=seed, lr=0.5, device="cpu", data_dir=f"{seed}")
+    first, second = compared(tmp_path / "runs")
+    assert (first["run"], first["n"], second["run"], second["n"]) == ("v3", "3", "v3_lr0.5", "3")
+    assert first["accuracy, last (%)"] == "52.00 ± 2.00" and second["accuracy, last (%)"] == "54.00 ± 3.00"
+    half = 4.303 / math.sqrt(3)
+    assert (second["difference"], second["better"], second["than"]) == (f"+2.00 ± {half:.2f}", "not shown", "v3")
+    assert not first["difference"] and first["PSNR (dB)"].startswith("20.00")
+    back, _ = compared(tmp_path / "runs", "--against", "v3_lr0.5")
+    assert (back["difference"], back["than"]) == (f"-2.00 ± {half:.2f}", "v3_lr0.5")
+
+
+def test_runs_of_other_seeds_are_compared_unpaired(compared, tmp_path):
+    for seed in range(3):
+        write_run(tmp_path / f"runs/v3_seed{seed}", 50.0 + seed, seed=seed)
+        write_run(tmp_path / f"runs/v4_seed{seed + 3}", 60.0 + seed, seed=seed + 3, version="v4")
+    _, row = compared(tmp_path / "runs")
+    # Welch: variances 1 and 1, so 4 degrees of freedom, t 2.776.
+    assert row["difference"] == f"+10.00 ± {2.776 * math.sqrt(2 / 3):.2f} (unpaired)" and row["better"] == "yes"
+
+
+def test_against_a_setting_pairs_groups_that_differ_in_it_alone(compared, tmp_path, capsys):
+    for version, gain in (("v1", 1), ("v2", -1)):
+        for seed in range(2):
+            write_run(tmp_path / f"runs/{version}_seed{seed}", 50.0 + seed + gain, seed=seed, version=version)
+            write_run(tmp_path / f"runs/{version}_beta0_seed{seed}", 50.0 + seed, psnr=None, seed=seed,
+                      version=version, beta=0.0)
+    write_run(tmp_path / "runs/v1_beta0_blur1", 40.0, version="v1", beta=0.0, blur=1.0)  # it differs in two settings
+    rows = {row["run"]: row for row in compared(tmp_path / "runs", "--against", "beta=0")}
+    assert {name: row["than"] for name, row in rows.items() if row["than"]} == {"v1": "v1_beta0", "v2": "v2_beta0"}
+    assert rows["v1"]["difference"] == "+1.00 ± 0.00" and rows["v1"]["better"] == "yes"
+    assert rows["v2"]["difference"] == "-1.00 ± 0.00" and rows["v2"]["better"] == "no"
+    for against, message in (("v5", "expected SETTING=VALUE or one"), ("size=0", "no two groups differ in size"),
+                             ("beta=7", "no two groups differ in beta alone, one of them with 7")):
+        with pytest.raises(SystemExit) as end:
+            evaluate.main(["--compare", str(tmp_path / "runs"), "--against", against])
+        assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_runs_without_a_classifier_are_compared_by_their_psnr(compared, tmp_path):
+    for seed in range(2):
+        write_run(tmp_path / f"runs/cnn_seed{seed}", psnr=20.0 + seed, seed=seed)
+        write_run(tmp_path / f"runs/cnn_lr0.5_seed{seed}", psnr=22.0 + seed, seed=seed, lr=0.5)
+    rows = compared(tmp_path / "runs", "--against", "cnn")
+    assert [row["difference"] for row in rows] == ["+2.00 ± 0.00", ""] and "accuracy, last (%)" not in rows[0]
+    assert "in PSNR (dB)" in (tmp_path / "comparison/comparison.md").read_text()
+
+
+def test_no_group_is_lost_in_the_names(tmp_path):
+    """Groups keep names of their own where their folders have the same parts."""
+    for place, name, lr in (("a", "x_long_deep", 0.1), ("a", "x_deep_long", 0.2), ("b", "x_long_deep", 0.3),
+                            ("c_d", "x_long_deep", 0.4), ("a", "x_long_deep_run2", 0.5)):
+        write_run(tmp_path / place / name, 50.0, lr=lr)
+    groups = evaluate.group_runs(evaluate.collect([tmp_path / place for place in ("a", "b", "c_d")]))
+    assert sorted(group[0].settings["lr"] for group in groups.values()) == [0.1, 0.2, 0.3, 0.4, 0.5]
+    repeated = [evaluate.read_run(write_run(tmp_path / f"again/v3{suffix}", accuracy))
+                for suffix, accuracy in (("", 50.0), ("_run2", 70.0))]
+    group, = evaluate.group_runs(repeated).values()
+    assert group[0].metrics["accuracy"]["last"] == 70.0  # of the same seed the last one
+
+
+def test_a_run_from_before_a_setting_existed_is_grouped_with_its_default(tmp_path):
+    old, new = (write_run(tmp_path / f"v3_seed{seed}", 50.0, seed=seed) for seed in range(2))
+    config = json.loads((old / "config.json").read_text())
+    del config["settings"]["kl"], config["settings"]["clean_test"]
+    (old / "config.json").write_text(json.dumps(config))
+    group, = evaluate.group_runs(evaluate.collect([tmp_path])).values()
+    assert set(group) == {0, 1}
+
+
+def test_a_comparison_needs_no_data_set(trained, compared, tmp_path):
+    """Of runs whose data set is no longer there the table and the curves are still made."""
+    for name in ("v3", "v3_lr0.5"):
+        folder = write_run(tmp_path / name, 50.0, lr=len(name))
+        content = torch.load(trained[1] / "last.pt", weights_only=True)
+        content["settings"]["dataset"] = str(tmp_path / "nowhere.npz")
+        torch.save(content, folder / "last.pt")
+    assert [row["run"] for row in compared(tmp_path / "v3", tmp_path / "v3_lr0.5")] == ["v3", "v3_lr0.5"]
+    assert not (tmp_path / "comparison/sheet.png").exists()
+
+
+def test_unfinished_runs_of_a_folder_are_named_and_left_out(tmp_path, capsys):
+    write_run(tmp_path / "runs/v3", 50.0)
+    (write_run(tmp_path / "runs/v4", 60.0, version="v4") / "metrics.json").unlink()
+    run, = evaluate.collect([tmp_path / "runs"])
+    assert run.folder.name == "v3" and len(run.rows) == 2 and run.rows[0]["val_mse"] is None
+    assert "v4 is left out: it has not finished" in capsys.readouterr().err
+    with pytest.raises(evaluate.UsageError, match="v4: not the folder of a finished run"):
+        evaluate.collect([tmp_path / "runs/v4"])
+    (tmp_path / "runs/v3/metrics.json").unlink()
+    with pytest.raises(evaluate.UsageError, match="no finished run there"):
+        evaluate.collect([tmp_path / "runs"])
+
+
+def rows_with(**columns):
+    """Rows of a log with these columns, the others empty."""
+    empty = dict.fromkeys(("test_accuracy", "test_mse", "val_accuracy", "val_mse"))
+    return [empty | dict(zip(columns, values)) for values in zip(*columns.values())]
+
+
+@pytest.mark.parametrize("columns, best, part", [
+    (dict(test_accuracy=[50, 70, 70, 60]), 2, "test"),  # of equal epochs the last one
+    (dict(test_accuracy=[50, 70, 60], val_accuracy=[41, 40, 41]), 2, "val"),
+    (dict(test_mse=[3, 1, 1, 2]), 2, "test"), (dict(test_mse=[3, 1, 2], val_mse=[1, 2, 1]), 2, "val"),
+    (dict(test_accuracy=[None, None, 40, 40, 30], test_mse=[3, 1, 2, 2, 2]), 3, "test"),  # separate training
+    (dict(test_accuracy=[None, 40, 30], val_accuracy=[None, 20, 21], val_mse=[3, 1, 1]), 2, "val")])
+def test_the_best_epoch(columns, best, part):
+    rows = rows_with(**columns)
+    assert evaluate.best_row(rows) is rows[best] and evaluate.chosen_on(rows) == part
+
+
+# ---------------------------------------------------------------- intervals
+
+@pytest.mark.parametrize("freedom, level, published", [
+    (1, 0.95, 12.706), (2, 0.95, 4.303), (4, 0.95, 2.776), (9, 0.95, 2.262), (30, 0.95, 2.042), (120, 0.95, 1.980),
+    (5, 0.99, 4.032), (10_000, 0.95, 1.960)])
+def test_quantiles_of_students_distribution(freedom, level, published):
+    assert evaluate.t_quantile(freedom, level) == pytest.approx(published, abs=1e-3)
+
+
+def test_intervals_by_hand():
+    mean, half = evaluate.mean_interval([1, 2, 6])
+    assert (mean, half) == (3, pytest.approx(4.3027 * math.sqrt(7) / math.sqrt(3), rel=1e-4))
+    paired = evaluate.difference_interval({0: 5.0, 1: 7.0, 2: 6.0, 9: 100.0}, {2: 4.0, 1: 4.0, 0: 4.0, 5: 0.0})
+    assert paired == (pytest.approx(2), pytest.approx(4.3027 / math.sqrt(3), rel=1e-4), True)  # differences 1, 3, 2
+    mean, half, is_paired = evaluate.difference_interval({0: 1.0, 1: 3.0}, {5: 10.0, 6: 14.0, 7: 18.0})
+    # Variances of the means 2/2 and 16/3; Welch's degrees of freedom (19/3)^2 / (1 + (16/3)^2 / 2).
+    freedom = (19 / 3) ** 2 / (1 + (16 / 3) ** 2 / 2)
+    assert (mean, is_paired) == (-12, False) and 2 < freedom < 3
+    assert half == pytest.approx(evaluate.t_quantile(freedom) * math.sqrt(19 / 3)) and 3.182 < half / 2.5166 < 4.303
+    assert evaluate.difference_interval({0: 1.0}, {0: 2.0}) is None
+    assert evaluate.difference_interval({0: 1.0}, {1: 2.0, 2: 3.0}) is None
+    assert evaluate.difference_interval({0: 1.0, 1: 2.0}, {1: 1.0, 2: 3.0})[2] is False  # one common seed is no pair
+
+
+@pytest.mark.parametrize("interval, expected", [
+    ((2.0, 1.0, True), "yes"), ((-2.0, 1.0, False), "no"), ((1.0, 2.0, True), "not shown"),
+    ((1.0, 1.0, True), "not shown"), ((-1.0, 1.0, True), "not shown"), ((0.0, 0.0, True), "not shown"),
+    (None, "not shown")])
+def test_a_difference_is_shown_where_its_interval_excludes_zero(interval, expected):
+    assert evaluate.verdict(interval) == expected
+
+
+def test_intervals_cover_the_true_value_as_often_as_they_say(monkeypatch):
+    """95 % of 10,000 draws: a mean of 4, paired differences of 3 seeds (whose runs share a part that depends on the
+    seed), and unpaired ones of 4 and 7 with unequal spreads."""
+    exact = functools.cache(evaluate.t_quantile)
+    grid = np.linspace(1, 12, 400)
+    quantiles = [exact(freedom) for freedom in np.linspace(1, 12, 45)]
+    table = np.interp(grid, np.linspace(1, 12, 45), quantiles)
+    monkeypatch.setattr(evaluate, "t_quantile", lambda freedom: exact(int(freedom)) if freedom == int(freedom) else
+                        np.interp(freedom, grid, table))
+    draw, count, hits = np.random.default_rng(0), 10_000, np.zeros(3)
+    singles, shared = draw.normal(7, 2, (count, 4)), draw.normal(0, 5, (count, 3))
+    ones, others = shared + draw.normal(3, 1, (count, 3)), shared + draw.normal(1, 2, (count, 3))
+    fews, manys = draw.normal(3, 1, (count, 4)), draw.normal(1, 3, (count, 7))
+    for single, one, other, few, many in zip(singles, ones, others, fews, manys):
+        mean, half = evaluate.mean_interval(single)
+        paired = evaluate.difference_interval(dict(enumerate(one)), dict(enumerate(other)))
+        unpaired = evaluate.difference_interval(dict(enumerate(few)), dict(enumerate(many, 100)))
+        assert paired[2] and not unpaired[2]
+        hits += abs(mean - 7) < half, abs(paired[0] - 2) < paired[1], abs(unpaired[0] - 2) < unpaired[1]
+    assert np.all(abs(hits / count - 0.95) < 0.01), hits
+
+
+# ---------------------------------------------------------------- files and errors
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a.json"
@@ -238,3 +786,26 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         evaluate.write_whole(path, fail_half_way)
     assert json.loads(path.read_text()) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error, status, line", [
+    (evaluate.UsageError("--x 1: expected 2"), 2, "error: --x 1: expected 2"),
+    (data.DataError("no data set"), 2, "error: no data set"), (models.NotationError("token 1"), 2, "error: token 1"),
+    (models.CheckpointError("a.pt: no such file"), 2, "error: a.pt: no such file"),
+    (FileNotFoundError(2, "No such file or directory", "a.png"), 2, "error: a.png: No such file or directory"),
+    (evaluate.Stopped("epoch 1: loss"), 1, "stopped: epoch 1: loss"), (KeyboardInterrupt(), 130, "interrupted"),
+    (MemoryError("x\ny"), 1, "stopped: out of memory (x y); a smaller --batch-size, --size or --train-size needs"),
+    (torch.OutOfMemoryError("CUDA out of memory"), 1, "stopped: out of memory (CUDA out of memory); a smaller"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), 1, "stopped: out of memory")])
+def test_an_error_is_one_line_and_a_status(error, status, line, capsys):
+    error.advice = "; advice"
+    with pytest.raises(SystemExit) as end, evaluate.errors("train.py"):
+        raise error
+    printed = capsys.readouterr().err
+    assert end.value.code == status and printed.startswith(f"train.py: {line}")
+    assert printed.endswith("; advice\n") and printed.count("\n") == 1
+
+
+def test_a_defect_of_the_program_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError), evaluate.errors("train.py"):
+        1 / 0

@@ -1,14 +1,22 @@
-"""The notation, the mirror, the versions' arithmetic, and our layers against the library's."""
+"""The notation, the mirror, the versions' arithmetic, our layers against PyTorch's, checkpoints, the command line."""
 import math
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torchvision.models import get_model
 
 import models
-from models import NotationError, Version, build
+from models import CheckpointError, Kind, NotationError, Version, build
 
 
 def linear(inputs, outputs):
@@ -125,18 +133,18 @@ def test_pooling_before_relu_is_pooling_after_it():
     model = build(Version("C(8)"), (3, 10, 10))
     x = torch.randn(4, 3, 10, 10)
     conv_layer = model.encoder[0]
-    ours = model.encoder(x)
-    ours.sum().backward()
+    pooled_first = model.encoder(x)
+    pooled_first.sum().backward()
     gradient = conv_layer.weight.grad.clone()
     conv_layer.weight.grad = None
     plain = F.max_pool2d(F.relu(conv_layer(x)), 2)
     plain.sum().backward()
-    assert torch.equal(ours, plain)
+    assert torch.equal(pooled_first, plain)
     torch.testing.assert_close(gradient, conv_layer.weight.grad)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_transposed_conv_is_the_librarys(channels_last):
+def test_transposed_conv_is_pytorchs(channels_last):
     torch.manual_seed(0)
     ours = models.ConvTranspose2d(6, 5, 2, stride=2)
     plain = nn.ConvTranspose2d(6, 5, 2, stride=2)
@@ -181,6 +189,10 @@ def test_dropout_keeps_its_share_and_its_mean(shape):
     ("C(0)", "expected a whole number"),
     ("L(2.5)", "expected a whole number"),
     ("C(4)>D(1.5)", "token 2 'D(1.5)': expected a probability"),
+    ("C(4)>D(0.999999)", "token 2 'D(0.999999)': expected a probability from 0 to 0.99998 (65535/65536)"),
+    ("L(64)>N(8)>L(4)", "token 2 'N(8)': N(n) gives the code; expected it as an encoder's last token"),
+    ("C'(8)>G(200000)", "token 2 'G(200000)': would have 1,638,400,000 weights; expected at most 500,000,000"),
+    (None, "token 1 'None': expected one of C(n)"),
     ("L(8)>C(4)", "token 2 'C(4)': expected a map"),
     ("C(4)>C(4)>C(4)>C(4)>C(4)>C(4)", "token 6 'C(4)': pools a 1x1 map to nothing"),
     ("T(4)", "T has no mirror"),
@@ -205,6 +217,86 @@ def test_other_networks_that_cannot_be_built():
         build("resnet", (1, 28, 28), pretrained=False)
     with pytest.raises(NotationError, match="the code is a vector of 128"):
         build("v1", skip=True)
+    with pytest.raises(NotationError, match="token 1 'N.4.': N.n. gives the code"):
+        build("v4", classifier="N(4)>L'(10)", skip=True)
+    with pytest.raises(NotationError, match="token 1 'D.0.99999.': expected a probability"):
+        build("v4", classifier="D(0.99999)>L'(10)")
+    with pytest.raises(NotationError, match="'N.4.' ends in 4; expected the images' 3 channels"):
+        build("v4", decoder="N(4)")
+    with pytest.raises(NotationError, match="encoder 'C.16.': has no pretrained weights; expected one of vgg16 .*or "
+                                            "--no-pretrained"):
+        build("resnet", (3, 32, 32), encoder="C(16)")
+
+
+@pytest.mark.parametrize("in_shape, num_classes", [((3, 32), 10), ((3, 0, 32), 10), ((3, -32, 32), 10), (None, 0)])
+def test_sizes_that_no_network_has(in_shape, num_classes):
+    with pytest.raises(NotationError, match="expected channels, height, width and the number of classes to be at le"):
+        build("v4", in_shape, num_classes)
+
+
+@pytest.mark.parametrize("version, changes, expected", [
+    ("v4", {"encoder": "L(64)"},
+     f"the classifier of v4 {models.V4_DROPOUT!r} does not fit the encoder 'L(64)': token 1 \"C'(32)\": expected a "
+     "map (channels, height, width), but a linear layer has made it a vector of 64; name another with --classifier"),
+    ("v3", {"encoder": "L(64)", "skip": True},
+     "the classifier of v3 \"C'(64)>L'(10)\" does not fit the encoder 'L(64)': skip joins maps"),
+    ("joint5", {"encoder": "L(64)", "classifier": None},
+     "the decoder of joint5 'U(24)>U(12)>U(3)' does not fit the encoder 'L(64)': token 1 'U(24)': expected a map"),
+    ("mnist", {"encoder": "C(8)>C(16)"},
+     "the decoder of mnist 'mnist' does not fit the encoder 'C(8)>C(16)': a decoder from 3x4x4 to 1x28x28: the code "
+     "is 16x7x7"),
+    (Version("L(8)", "L'(3)", "T(3)"), {"encoder": "L(64)"}, "the decoder of the version 'T(3)' does not fit"),
+])
+def test_a_default_that_does_not_fit_a_replaced_encoder_is_named(version, changes, expected):
+    with pytest.raises(NotationError) as error:
+        build(version, **changes)
+    assert str(error.value).startswith(expected) and "; name another with --" in str(error.value)
+
+
+@pytest.mark.parametrize("changes, expected", [
+    ({"encoder": "L(64)", "classifier": "C(4)>L'(10)"}, "\"C(4)>L'(10)\", token 1 'C(4)': expected a map"),
+    ({"encoder": "A(4)", "classifier": None}, "'A(4)', token 1 'A(4)': A has no mirror; write the decoder out"),
+    ({"decoder": "mnist"}, "'mnist', a decoder from 3x4x4 to 1x28x28: the code is 32x16x16, the images are 3x32x32"),
+])
+def test_a_part_that_the_user_has_written_is_no_default(changes, expected):
+    with pytest.raises(NotationError) as error:
+        build("v4", **changes)
+    assert str(error.value).startswith(expected)
+
+
+@pytest.mark.parametrize("version, encoder, shape", [("resnet", "C(16)>C(16)", (3, 32, 32)),
+                                                     ("squeezenet", "C'(4)>S(8)", (3, 45, 33))])
+def test_a_written_out_decoder_fits_any_map(version, encoder, shape):
+    logits, reconstruction = build(version, shape, encoder=encoder, pretrained=False)(torch.randn(2, *shape))
+    assert logits.shape == (2, 10) and reconstruction.shape == (2, *shape)
+
+
+def test_a_handwritten_decoder_takes_any_code_of_its_shape():
+    model = build("mnist", encoder="C(8)>C(16)>C'(3)>A(4)")
+    assert model(torch.randn(2, 1, 28, 28))[1].shape == (2, 1, 28, 28)
+
+
+def test_steps_of_a_notation():
+    modules, steps = models.layers("C(4)>D(0.5)>L(6)", (3, 9, 8))
+    assert [(step.token.kind, step.token.value) for step in steps] == [("C", 4), ("D", 0.5), ("L", 6)]
+    assert [(step.before, step.after) for step in steps] == [
+        ((3, 9, 8), (4, 4, 4)), ((4, 4, 4), (4, 4, 4)), ((4, 4, 4), (6,))]
+    assert [step.end for step in steps] == [3, 4, 7] and len(modules) == 7
+    x = torch.randn(2, 3, 9, 8)
+    for step in steps:  # each step's modules give its shape
+        assert nn.Sequential(*modules[:step.end])(x).shape == (2, *step.after)
+    assert type(models.mirror(steps)[-1]) is models.ConvTranspose2d
+
+
+def test_a_new_token_is_one_row_of_the_table(monkeypatch):
+    def layers(n, c, h, w):
+        return [nn.Conv2d(c, n, 3, padding=1, bias=False), nn.BatchNorm2d(n), nn.GELU()], (n, h, w)
+    monkeypatch.setitem(models.KINDS, "B", Kind(layers, models.KINDS["C'"].mirror))
+    model = build(Version("B(4)>C(5)", "B(6)>L'(10)", he=True), (3, 8, 8))
+    logits, reconstruction = model(torch.randn(2, 3, 8, 8))
+    assert logits.shape == (2, 10) and reconstruction.shape == (2, 3, 8, 8)
+    with pytest.raises(NotationError, match=r"expected one of .* B\(n\), joined"):
+        models.parse("X(3)")
 
 
 def test_the_last_layer_follows_the_number_of_classes():
@@ -244,7 +336,7 @@ def test_a_standard_network_takes_other_sizes(version, size):
     ("vgg", "vgg16-397923af.pth"), ("resnet", "resnet50-0676ba61.pth"),
     ("mobilenet", "mobilenet_v2-b0353104.pth"), ("squeezenet", "squeezenet1_1-b8a52dc0.pth")])
 def test_pretrained_weights_come_from_torchs_cache(version, file, tmp_path, monkeypatch):
-    """A file of the right name and shapes, every tensor filled with a number of its own."""
+    """A file of the right name and shapes, each tensor filled with a different number."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with torch.device("meta"):
         state = get_model(models.VERSIONS[version].encoder).state_dict()
@@ -259,15 +351,16 @@ def test_pretrained_weights_come_from_torchs_cache(version, file, tmp_path, monk
     assert len(loaded) == len(trunk)
     for tensor, fill in zip(loaded, trunk):
         assert (tensor == torch.tensor(fill).to(tensor.dtype)).all()
-    own = [layer.weight.flatten()[0].item() in fills.values() for layer in models._linears(model.classifier)]
-    assert own == ([True, True, False] if version == "vgg" else [False])
+    linears = [layer for layer in model.classifier.modules() if isinstance(layer, nn.Linear)]
+    from_file = [layer.weight.flatten()[0].item() in fills.values() for layer in linears]
+    assert from_file == ([True, True, False] if version == "vgg" else [False])
 
     place.write_bytes(place.read_bytes()[:1000])
-    with pytest.raises(NotationError, match=f"{file} cannot be read.*put https://.*anew, or.*--no-pretrained"):
+    with pytest.raises(NotationError, match=f"{file} cannot be read.*put https://.*again, or.*--no-pretrained"):
         build(version)
 
 
-def test_pretrained_weights_that_cannot_be_had(tmp_path, monkeypatch):
+def test_pretrained_weights_that_are_unavailable(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
 
     def refused(*args, **kwargs):
@@ -306,8 +399,18 @@ def test_the_modified_network_joins_lower_features():
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (3, 33, 45)])
 @pytest.mark.parametrize("version", ["v3", "v3.3", "v4", "v4-stride2"])
 def test_the_modified_network_in_other_sizes(version, shape):
-    logits, rebuilt = build(version, shape, 7, skip=True).eval()(torch.randn(2, *shape))
+    model = build(version, shape, 7, skip=True).eval()
+    logits, rebuilt = model(torch.randn(2, *shape))
     assert logits.shape == (2, 7) and rebuilt.shape == (2, *shape)
+    lower, pool = torch.randn(2, 32, *((side + 1) // 2 for side in shape[1:])), model.classifier.lower[1]
+    if shape == (3, 32, 32):  # sizes divide: not the adaptive pooling, which CUDA does not repeat to the bit
+        assert isinstance(pool, nn.MaxPool2d)
+        assert torch.equal(pool(lower), nn.AdaptiveMaxPool2d(pool(lower).shape[2:])(lower))
+
+
+def test_lower_features_without_a_classifier_to_join():
+    model = build("v4", classifier=None, skip=True)
+    assert model.tap is None and model(torch.randn(2, 3, 32, 32))[1].shape == (2, 3, 32, 32)
 
 
 def test_the_modified_resnet():
@@ -324,27 +427,29 @@ def layer_kinds(part):
     return [type(layer).__name__ for layer in part.modules() if list(layer.parameters(recurse=False))]
 
 
-@pytest.mark.parametrize("version, code, layers, kinds", [
-    ("mlp", 32, 3, ["Linear"] * 3), ("combo", 32, 3, ["Conv2d", "Conv2d", "Linear"]),
-    ("cnn", 32, 3, ["Conv2d"] * 3), ("cnn10", 10, 3, ["Conv2d"] * 3), ("cnn32", 32, 3, ["Conv2d"] * 3),
-    ("cnn100", 100, 3, ["Conv2d"] * 3), ("cnn1000", 1000, 3, ["Conv2d"] * 3), ("cnnL1", 32, 1, ["Conv2d"]),
-    ("cnnL3", 32, 3, ["Conv2d"] * 3), ("cnnL5", 32, 5, ["Conv2d"] * 5), ("cnnL10", 32, 10, ["Conv2d"] * 10)])
-def test_kinds_code_sizes_and_depths(version, code, layers, kinds):
+@pytest.mark.parametrize("version, code, kinds", [
+    ("mlp", 32, ["Linear"] * 3), ("combo", 32, ["Conv2d", "Conv2d", "Linear"]),
+    ("cnn", 32, ["Conv2d"] * 2 + ["WholeMapConv2d"]), ("cnn10", 10, ["Conv2d"] * 2 + ["WholeMapConv2d"]),
+    ("cnn32", 32, ["Conv2d"] * 2 + ["WholeMapConv2d"]), ("cnn100", 100, ["Conv2d"] * 2 + ["WholeMapConv2d"]),
+    ("cnn1000", 1000, ["Conv2d"] * 2 + ["WholeMapConv2d"]), ("cnnL1", 32, ["WholeMapConv2d"]),
+    ("cnnL3", 32, ["Conv2d"] * 2 + ["WholeMapConv2d"]), ("cnnL5", 32, ["Conv2d"] * 4 + ["WholeMapConv2d"]),
+    ("cnnL10", 32, ["Conv2d"] * 9 + ["WholeMapConv2d"])])
+def test_kinds_code_sizes_and_depths(version, code, kinds):
     model = build(version)
     assert model.encoder(torch.randn(2, 3, 32, 32)).flatten(1).shape == (2, code)
-    assert layer_kinds(model.encoder) == kinds and len(layer_kinds(model.decoder)) == layers
-    mirrored = ["ConvTranspose2d" if kind == "Conv2d" else kind for kind in reversed(kinds)]
-    assert layer_kinds(model.decoder) == mirrored and model.classifier is None
+    assert layer_kinds(model.encoder) == kinds and model.classifier is None
+    mirrored = ["ConvTranspose2d" if kind.endswith("Conv2d") else kind for kind in reversed(kinds)]
+    assert layer_kinds(model.decoder) == mirrored
 
 
 def test_the_joint_model_of_five_classes():
     torch.manual_seed(0)
     model = build("joint5", num_classes=5)
     logits, rebuilt = model(torch.randn(2, 3, 32, 32))
-    assert model.code_shape == (48, 4, 4) and logits.shape == (2, 256) and rebuilt.shape == (2, 3, 32, 32)
+    assert model.code_shape == (48, 4, 4) and logits.shape == (2, 5) and rebuilt.shape == (2, 3, 32, 32)
     assert rebuilt.abs().max() <= 1 and isinstance(model.decoder[-1], nn.Tanh)
     assert not isinstance(model.decoder[-2], nn.ReLU)
-    assert models.parameter_count(model.classifier) == linear(48, 256)  # one 48-vector per image
+    assert models.parameter_count(model.classifier) == linear(48, 5)  # one 48-vector per image
     assert models.parameter_count(model.decoder) == conv(48, 24) + conv(24, 12) + conv(12, 3)
     weight = model.encoder[6].weight  # He: variance 2 / fan in
     assert weight.var().item() == pytest.approx(2 / (24 * 9), rel=0.1) and not model.encoder[6].bias.any()
@@ -377,22 +482,61 @@ def test_the_fashion_networks():
         assert isinstance(model.decoder[-1], nn.Sigmoid) and 0 <= rebuilt.min() and rebuilt.max() <= 1
 
 
-def test_a_variational_code_is_drawn_in_training_and_the_mean_otherwise():
+def test_a_variational_code_is_drawn_in_training_and_is_the_mean_otherwise():
     torch.manual_seed(0)
-    model = build("vae")
-    gaussian, x = models.gaussian(model), torch.randn(1, 1, 28, 28)
-    drawn = model.encoder(x.expand(4000, 1, 28, 28))
-    mean, std = gaussian.mean[0], (gaussian.log_variance[0] / 2).exp()
-    assert ((drawn.mean(0) - mean).abs() < 5 * std / 4000 ** 0.5).all()
+    model, x = build("vae"), torch.randn(1, 1, 28, 28)
+    assert model.variational and model.code_shape == (32,)
+    features = model.encoder(x)
+    assert features.shape == (1, 64)
+    mean, log_variance = model.posterior(features.bfloat16())
+    assert mean.dtype == log_variance.dtype == torch.float32 and mean.shape == log_variance.shape == (1, 32)
+    mean, log_variance = model.posterior(features)
+    assert torch.equal(torch.cat([mean, log_variance], 1), features)
+    drawn, std = model.encode(x.expand(4000, 1, 28, 28)), (log_variance[0] / 2).exp()
+    assert ((drawn.mean(0) - mean[0]).abs() < 5 * std / 4000 ** 0.5).all()
     torch.testing.assert_close(drawn.std(0), std, rtol=0.06, atol=0)
-    torch.testing.assert_close(model.eval().encoder(x), mean[None], rtol=1e-4, atol=1e-5)
-    assert models.gaussian(build("v4")) is None
+    assert torch.equal(model.eval().encode(x), mean)
+    model.train().encoder.eval()  # frozen while a classifier trains
+    assert torch.equal(model.encode(x), mean)
+
+
+def test_the_posterior_comes_with_the_reconstruction_of_its_draw():
+    model, x = build("vae", classifier="L'(10)"), torch.randn(3, 1, 28, 28)
+    torch.manual_seed(1)
+    logits, reconstruction, mean, log_variance = model(x, posterior=True)
+    torch.manual_seed(1)
+    code = mean + torch.randn_like(mean) * (log_variance / 2).exp()
+    torch.testing.assert_close(reconstruction, model.decoder(code))
+    torch.testing.assert_close(logits, model.classifier(code))
+    torch.testing.assert_close(torch.cat([mean, log_variance], 1), model.encoder(x))
+    assert len(model(x)) == 2
+    logits, reconstruction, mean, log_variance = build("v3")(torch.randn(2, 3, 32, 32), posterior=True)
+    assert logits.shape == (2, 10) and mean is None and log_variance is None
+
+
+@pytest.mark.parametrize("version", ["v4", "v3.1", "mlp", "cnn", "mnist"])
+def test_encode_gives_what_the_decoder_reads(version):
+    model = build(version).eval()
+    x = torch.randn(2, *model.version.in_shape)
+    code = model.encode(x)
+    assert code.shape == (2, *model.code_shape) and not model.variational
+    torch.testing.assert_close(model.decoder(code), model(x)[1])
+
+
+@pytest.mark.parametrize("version, changes", [("v4", {"skip": True}), ("vae", {}), ("cnn", {}), ("mnist", {})])
+def test_nothing_waits_for_the_device(version, changes):
+    """Fake tensors have no values: reading one, as a synchronisation does, is an error."""
+    with FakeTensorMode(), torch.device("cuda"):
+        model = build(version, **changes)
+        reconstruction = model(torch.zeros(4, *model.version.in_shape), posterior=True)[1]
+    assert reconstruction.device.type == "cuda" and reconstruction.shape == (4, *model.version.in_shape)
 
 
 @pytest.mark.parametrize("channels, out, h, w", [(5, 7, 4, 4), (3, 32, 7, 9), (8, 2, 1, 1)])
-def test_a_conv_of_the_whole_map_and_its_mirror_are_the_librarys(channels, out, h, w):
+def test_a_conv_of_the_whole_map_and_its_mirror_are_pytorchs(channels, out, h, w):
     torch.manual_seed(0)
-    pairs = [(models.Conv2d(channels, out, (h, w)), nn.Conv2d(channels, out, (h, w)), (3, channels, h, w)),
+    pairs = [(models.WholeMapConv2d(channels, out, (h, w)), nn.Conv2d(channels, out, (h, w)),
+              (3, channels, h, w)),
              (models.ConvTranspose2d(out, channels, (h, w)), nn.ConvTranspose2d(out, channels, (h, w)),
               (3, out, 1, 1))]
     for ours, plain, shape in pairs:
@@ -415,6 +559,130 @@ def test_multiply_adds_by_hand():
     assert adds["decoder", "ConvTranspose2d"] == 4 * 4 * 4 * 3 * 2 * 2
 
 
+# ---------------------------------------------------------------- checkpoints
+
+@pytest.mark.parametrize("version, changes", [
+    ("v4", {"skip": True}), ("v4-stride2", {"in_shape": (1, 15, 9), "num_classes": 3}), ("vae", {}), ("mnist", {}),
+    ("joint5", {"num_classes": 5}), ("cnn", {"decoder": None}),
+    ("squeezenet", {"in_shape": (3, 32, 32), "pretrained": False})])
+def test_a_network_is_saved_and_loaded(version, changes, tmp_path):
+    model = build(version, **changes)
+    models.save(tmp_path / "net.pt", model, epoch=3, rows=[{"loss": 0.5}])
+    before = torch.get_rng_state()
+    loaded, content = models.load(tmp_path / "net.pt")
+    assert torch.equal(torch.get_rng_state(), before)  # loading draws nothing
+    assert loaded.version == model.version and loaded.num_classes == model.num_classes
+    assert loaded.code_shape == model.code_shape and loaded.tap == model.tap
+    assert content["classes"] == [str(i) for i in range(model.num_classes)]
+    assert content["epoch"] == 3 and content["rows"] == [{"loss": 0.5}] and content["kind"] == models.CHECKPOINT
+    assert not any(module.training for module in loaded.modules())
+    assert all(tensor.device.type == "cpu" for tensor in loaded.state_dict().values())
+    for weight in loaded.parameters():
+        assert weight.requires_grad
+        assert weight.ndim != 4 or weight.is_contiguous(memory_format=torch.channels_last)
+    x = torch.randn(2, *model.version.in_shape)
+    for output, expected in zip(loaded(x), model.eval()(x)):
+        assert output is expected is None or torch.allclose(output, expected, atol=1e-5)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_a_pretrained_network_is_loaded_without_its_first_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
+    model = build("squeezenet", (3, 32, 32), pretrained=False)
+    model.version = replace(model.version, pretrained=True)
+    models.save(tmp_path / "net.pt", model)
+    assert torch.equal(models.load(tmp_path / "net.pt")[0].encoder[0].weight, model.encoder[0].weight)
+
+
+def test_the_example_of_the_docstring(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    example = [line.strip() for line in models.__doc__.splitlines() if line.startswith("    ")][:5]
+    names = vars(models) | {"images": torch.randn(2, 1, 28, 28)}
+    exec("\n".join(example), names)
+    assert names["logits"].shape == (2, 3) and names["content"]["classes"] == ["bag", "boot", "coat"]
+    assert names["code"].shape == (2, *names["model"].code_shape)
+    with pytest.raises(ValueError, match="2 names of classes; expected 3"):
+        models.save("network.pt", names["model"], classes=["bag", "boot"])
+
+
+class Payload:
+    """A pickle that runs code when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def hostile_files(good, ran):
+    """Contents of files that are not what they say: {name: bytes, or what torch.save writes}."""
+    content, whole, payload = torch.load(good, weights_only=True), good.read_bytes(), Payload(str(ran))
+    version, weights, middle = content["version"], content["model"], len(whole) // 2
+    one = torch.zeros(1)
+    return {
+        "empty": b"", "text": b"hello", "cut": whole[:5000], "end-missing": whole[:-100],
+        "flipped": whole[:middle] + bytes([whole[middle] ^ 255]) * 64 + whole[middle + 64:],
+        "pickle": pickle.dumps(payload), "code": payload, "code-inside": content | {"rows": [payload]},
+        "code-in-weights": content | {"model": weights | {"more": payload}},
+        "weights-alone": weights, "a-list": [1, 2], "a-tensor": one, "another-kind": content | {"kind": "a program"},
+        "other-weights": content | {"model": build("v2").state_dict()}, "no-weights": content | {"model": {}},
+        "text-for-weights": content | {"model": "weights"}, "a-list-of-weights": content | {"model": [one]},
+        "repeated-weights": content | {"model": {key: one.expand(tensor.shape) for key, tensor in weights.items()}},
+        "sparse-weights": content | {"model": {key: tensor.to_sparse() for key, tensor in weights.items()}},
+        "bad-notation": content | {"version": {"encoder": "C(?)"}},
+        "unknown-field": content | {"version": version | {"code\x1b[2J\n": "import os"}},
+        "huge": content | {"version": version | {"encoder": "L(999999)", "in_shape": (3, 999, 999)}},
+        "overflow": content | {"version": version | {"encoder": "A(1)", "in_shape": (3, 10**12, 10**12)}},
+        "negative": content | {"version": version | {"in_shape": (3, -32, 32)}},
+        "text-for-shape": content | {"version": version | {"in_shape": "abc"}},
+        "a-list-for-encoder": content | {"version": version | {"encoder": ["C(3)"]}},
+        "bad-output": content | {"version": version | {"output": "exec"}},
+        "text-for-classes": content | {"classes": "0123456789"},
+        "numbers-for-classes": content | {"classes": [*range(10)]},
+        "other-classes": content | {"classes": ["a", "b"]}, "no-classes": content | {"classes": []},
+        "fields-missing": {"kind": models.CHECKPOINT}}
+
+
+def test_hostile_files_are_refused_in_one_line_and_run_no_code(tmp_path):
+    models.save(tmp_path / "good.pt", build("v3"))
+    ran = tmp_path / "code-was-run"
+    for name, content in hostile_files(tmp_path / "good.pt", ran).items():
+        path = tmp_path / f"{name}.pt"
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        with pytest.raises(CheckpointError) as error:
+            models.load(path)
+        message = str(error.value)
+        assert message.startswith(f"{path}: not a checkpoint of train.py ("), name
+        assert message.isprintable() and len(message) < len(str(path)) + 150, name
+    assert not ran.exists()
+
+
+def test_a_compressed_archive_is_refused(tmp_path):
+    """torch.save never compresses; a small compressed file could fill the memory."""
+    models.save(tmp_path / "good.pt", build("v3"))
+    with zipfile.ZipFile(tmp_path / "good.pt") as good, zipfile.ZipFile(tmp_path / "small.pt", "w") as small:
+        for entry in good.infolist():
+            small.writestr(entry.filename, good.read(entry), zipfile.ZIP_DEFLATED)
+    with pytest.raises(CheckpointError, match="damaged or compressed"):
+        models.load(tmp_path / "small.pt")
+
+
+def test_files_that_are_missing_or_of_an_earlier_version(tmp_path):
+    for path in (tmp_path / "none.pt", tmp_path):
+        with pytest.raises(CheckpointError) as error:
+            models.load(path)
+        assert str(error.value) == f"{path}: no such file; expected a checkpoint such as outputs/v4/best.pt"
+    path = tmp_path / "old.pt"
+    torch.save({"kind": "autoencoder checkpoint, format 1", "settings": {}}, path)
+    with pytest.raises(CheckpointError) as error:
+        models.load(str(path))
+    assert str(error.value) == f"{path}: written by an earlier version of this program; train the network again"
+
+
+# ---------------------------------------------------------------- the command line
+
 def test_the_tables(capsys):
     assert models.main([]) == 0
     table = capsys.readouterr().out
@@ -423,7 +691,30 @@ def test_the_tables(capsys):
     assert models.main(["v4"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].split() == ["total", "670,797", "21,497,088"]
-    assert models.main(["v9"]) == 2
-    assert "did you mean" in capsys.readouterr().err
-    assert models.main(["v1", "v2"]) == 2
-    assert "expected one version" in capsys.readouterr().err
+    assert models.main(["-h"]) == 0
+    assert "python models.py v4" in capsys.readouterr().out
+
+
+def test_an_encoder_is_printed_with_its_mirror(capsys):
+    assert models.main(["C'(16)>C(16)"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["encoder", "Conv2d", "16x32x32", "448", f"{32 * 32 * 16 * 27:,}"] in rows
+    assert ["decoder", "ConvTranspose2d", "3x32x32", str(conv(16, 3, 1)), f"{32 * 32 * 16 * 3:,}"] in rows
+    assert rows[-1][:2] == ["total", f"{conv(3, 16) + conv(16, 16) + conv(16, 16, 2) + conv(16, 3, 1):,}"]
+
+
+@pytest.mark.parametrize("argv, expected", [
+    (["v9"], "no version 'v9'; did you mean 'v"), (["v1", "v2"], "'v1 v2': expected one version or encoder"),
+    (["C(16)>X(3)"], "token 2 'X(3)': expected one of C(n)"), (["T(4)"], "T has no mirror"), ([""], "no version ''")])
+def test_a_wrong_command_line_is_answered_in_one_line(argv, expected, capsys):
+    assert models.main(argv) == 2
+    out, error = capsys.readouterr()
+    assert not out and error.startswith("models.py: error: ") and expected in error and error.count("\n") == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes pipes as POSIX does")
+@pytest.mark.parametrize("redirection", [">&-", "| true"])
+def test_a_closed_output_ends_the_program_quietly(redirection):
+    command = f'"{sys.executable}" "{Path(models.__file__)}" v4 {redirection}'
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,6 +1,13 @@
-"""The training loop against the plain formulation, what a run leaves, and its repetition."""
+"""The training loop against the plain formulation, the table of settings, what a run leaves, its
+repetition, and many runs."""
 import csv
+import itertools
 import json
+import math
+import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -13,158 +20,245 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data
-import models
 import evaluate
+import losses
+import models
 import train
-from evaluate import best_row, chosen_on, measure
-from losses import weighted_loss
 
 ROOT = Path(__file__).parent.parent
+WEIGHTED_LOSS = losses.weighted_loss
+
+
+@pytest.fixture
+def pictures():
+    """Requested by tests whose runs draw; in all others drawing, most of a short run's time, is left out."""
+
+
+@pytest.fixture(autouse=True)
+def drawn(request, monkeypatch):
+    """What runs in this process would have drawn: a list of (function, its arguments)."""
+    calls = []
+    if "pictures" not in request.fixturenames:
+        for name in ("draw_curves", "draw_reconstructions", "draw_synthetic", "draw_variational", "draw_comparison",
+                     "draw_all"):
+            monkeypatch.setattr(evaluate, name, lambda *args, name=name: calls.append((name, args)))
+    return calls
 
 
 def run(tiny, out, *flags):
     """A short run of train.py in this process; returns its folder."""
+    before = set(Path(out).glob("*"))
     argv = ["--dataset", tiny, "--epochs", "2", "--output", str(out), "--device", "cpu", *flags]
-    before = set(Path(out).iterdir()) if Path(out).exists() else set()
     assert train.main(argv) == 0
-    folder, = set(Path(out).iterdir()) - before
+    folder, = set(Path(out).glob("*")) - before
     return folder
 
 
+def fails(*argv):
+    """The exit status of a command that cannot end well."""
+    with pytest.raises(SystemExit) as exit:
+        train.main([*map(str, argv)])
+    return exit.value.code
+
+
+def weights(folder, name="last.pt"):
+    return torch.load(folder / name, weights_only=True)["model"]
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def log(folder):
+    with open(folder / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_equal(one, other):
+    """Two state dicts agree to the last bit."""
+    assert one.keys() == other.keys()
+    for name, weight in one.items():
+        assert torch.equal(weight, other[name]), name
+
+
 def settings(**changes):
-    """A phase's settings: the study's, and changes."""
-    phase, = train.phases(Namespace(**train.STUDY | dict(precision="fp32") | changes))
+    """A phase's settings: the CIFAR study's, and changes."""
+    phase, = train.phases(Namespace(**train.DEFAULTS | dict(precision="fp32") | changes))
     return phase
+
+
+def shapes(count, labelled=None, side=32):
+    """A Dataset of so many training images, some of them labelled."""
+    dataset = data.shapes(train=count, test=10, side=side)
+    dataset.labelled = data.take(dataset.train, labelled, 0) if labelled else None
+    return dataset
+
+
+def epoch(model, dataset, s, number=0):
+    return train.train_epoch(model, dataset, train.make_optimizer(model, s), s, number)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """What each step's loss was computed from and its terms: a list of (tensors, terms)."""
+    calls = []
+
+    def recorded(weights, **tensors):
+        total, terms = WEIGHTED_LOSS(weights, **tensors)
+        calls.append((tensors, {name: term.detach() for name, term in terms.items()}))
+        return total, terms
+    monkeypatch.setattr(losses, "weighted_loss", recorded)
+    return calls
 
 
 # ---------------------------------------------------------------- the loop
 
 @pytest.mark.parametrize("version, optimizer, lr, dtype, tolerance", [
     ("v1", "sgd", 0.01, torch.float32, 1e-5), ("v3", "sgd", 0.01, torch.float32, 1e-5),
-    # In v2 and v4 a rounded last digit grows (in fp32 v2 comes to differ by up to 2e-5, v4 by 2e-4, as the
-    # library's own two memory layouts do); Adam and Adagrad divide by tiny gradients. In double all agree.
+    # In v2 and v4 a rounded last digit grows (in fp32 v2 comes to differ by up to 2e-5, v4 by 2e-4, as
+    # PyTorch's own two memory layouts do); Adam and Adagrad divide by tiny gradients. In double all agree.
     ("v2", "sgd", 0.01, torch.float64, 1e-9), ("v4-plain", "sgd", 0.01, torch.float64, 1e-9),
     ("v3", "adam", 0.001, torch.float64, 1e-9), ("v3", "adagrad", 0.01, torch.float64, 1e-9)])
-def test_fifty_steps_are_the_plain_formulation(version, optimizer, lr, dtype, tolerance, monkeypatch):
-    """Gamma as weight decay, fused optimizers and our layers, against the sum of the losses
-    written out, the library's layers and the optimizer's plain form."""
-    split = data.shapes(train=800, test=10).train
-    s = settings(gamma=0.01, optimizer=optimizer, lr=lr, batch_size=16)
+def test_fifty_steps_are_the_plain_formulation(version, optimizer, lr, dtype, tolerance, steps, monkeypatch):
+    """Gamma as weight decay, fused optimizers and the layers of models.py, against the sum of the losses
+    written out, PyTorch's layers and the optimizer's plain form."""
+    dataset = shapes(300, side=16)
+    s = settings(gamma=0.01, optimizer=optimizer, lr=lr, batch_size=6)
     torch.manual_seed(0)
-    model = models.build(version).to(dtype, memory_format=torch.channels_last)
-    plain = models.build(version).to(dtype)
+    model = models.build(version, (3, 16, 16)).to(dtype, memory_format=torch.channels_last)
+    plain = models.build(version, (3, 16, 16)).to(dtype)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     plain.load_state_dict(start)
     for module in plain.modules():
         if isinstance(module, models.ConvTranspose2d):
             module.__class__ = torch.nn.ConvTranspose2d
-    ours, theirs = [], []
+    expected = []
+    monkeypatch.setattr(torch.Tensor, "float", lambda tensor: tensor.to(dtype))  # the batches' and the losses'
 
-    normalise = data.normalise
-    monkeypatch.setattr(data, "normalise", lambda *args: normalise(*args).to(dtype))
-    monkeypatch.setattr(torch.Tensor, "float", lambda tensor: tensor.to(dtype))  # the losses' own
-
-    def recorded(*args, **kwargs):
-        loss, terms = weighted_loss(*args, **kwargs)
-        ours.append(torch.stack(list(terms.values())).detach())
-        return loss, terms
-    monkeypatch.setattr(train, "weighted_loss", recorded)
-    means = train.train_epoch(model, split, train.make_optimizer(model, s), s, 0)
-
+    means = epoch(model, dataset, s)
     momentum = {"momentum": 0.9} if optimizer == "sgd" else {}
-    step = train.OPTIMIZERS[optimizer](plain.parameters(), lr=lr, weight_decay=1e-4, foreach=False,
-                                       **momentum)
-    for images, labels in data.batches(split, 16, epoch_seed=0, flip=True):
+    step = train.OPTIMIZERS[optimizer](plain.parameters(), lr=lr, weight_decay=1e-4, foreach=False, **momentum)
+    for images, labels in data.batches(dataset.train, 6, epoch_seed=train.stream(0, 0, "order"), flip=True):
         logits, rebuilt = plain(images.contiguous())
         classifier, autoencoder = F.cross_entropy(logits, labels), F.mse_loss(rebuilt, images)
         l2 = sum((p ** 2).sum() for p in plain.parameters()) / 2
         step.zero_grad()
         (classifier + autoencoder + 0.01 * l2).backward()
         step.step()
-        theirs.append(torch.stack([classifier, autoencoder]).detach())
-    assert len(ours) == len(theirs) == 50
-    torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), rtol=0, atol=tolerance)
-    assert means["classifier"] == pytest.approx(torch.stack(theirs)[:, 0].mean().item(), abs=1e-5)
+        expected.append(torch.stack([classifier, autoencoder]).detach())
+    expected, found = torch.stack(expected), torch.stack([torch.stack(list(terms.values())) for _, terms in steps])
+    assert found.dtype == dtype and len(found) == 50
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+    assert means["classifier"] == pytest.approx(expected[:, 0].mean().item(), abs=1e-5)
     way = torch.cat([(p - start[name]).flatten() for name, p in plain.named_parameters()]).norm()
     apart = torch.cat([(p - q).flatten() for p, q in zip(model.parameters(), plain.parameters())]).norm()
     assert apart < 1e-3 * way
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_repeats_itself_and_agrees_with_the_cpu(tiny, tmp_path):
-    flags = ["--precision", "fp32", "--version", "v3"]
-    a, b, cpu = (torch.load(run(tiny, tmp_path, *flags, "--device", device) / "last.pt", map_location="cpu",
-                            weights_only=True) for device in ("cuda", "cuda", "cpu"))
-    for name, weight in a["model"].items():
-        assert torch.equal(weight, b["model"][name]), name
-    assert a["rows"][-1]["train_loss"] == pytest.approx(cpu["rows"][-1]["train_loss"], rel=1e-3)
-
-
 def test_the_learning_rate_drops_in_steps():
-    split = data.shapes(train=8, test=8).train
-    s = settings(lr=0.5, lr_step=2, lr_decay=0.1)
-    model = models.build("v3")
+    dataset, s, model, rates = shapes(8), settings(lr=0.5, lr_step=2, lr_decay=0.1), models.build("v3"), []
     optimizer = train.make_optimizer(model, s)
-    rates = []
-    for epoch in range(5):
-        train.train_epoch(model, split, optimizer, s, epoch)
+    for number in range(5):
+        train.train_epoch(model, dataset, optimizer, s, number)
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([0.5, 0.5, 0.05, 0.05, 0.005])
 
 
-def test_beta_0_trains_what_no_decoder_trains_and_leaves_the_decoder(tiny, tmp_path):
+def test_beta_0_trains_what_no_decoder_trains_and_leaves_the_decoder(tiny, tmp_path, drawn):
     """The study measured 84.01 against 85.27 % for these two; they are one function."""
-    with_decoder = run(tiny, tmp_path, "--beta", "0")
-    without = run(tiny, tmp_path, "--no-decoder")
+    with_decoder, without = run(tiny, tmp_path, "--beta", "0"), run(tiny, tmp_path, "--no-decoder")
     assert (with_decoder.name, without.name) == ("v4_dataset-tiny_beta0_epochs2",
-                                                 "v4_dataset-tiny_no-decoder_epochs2")
-    a, b = (torch.load(folder / "last.pt", weights_only=True)["model"] for folder in (with_decoder, without))
-    for name, weight in b.items():
-        assert torch.equal(weight, a[name]), name
+                                                 "v4_no-decoder_dataset-tiny_epochs2")
+    a, b = weights(with_decoder), weights(without)
+    assert_equal(b, {name: a[name] for name in b})
     torch.manual_seed(0)
     fresh = models.build("v4").state_dict()
     for name in set(a) - set(b):
         assert name.startswith("decoder") and torch.equal(a[name], fresh[name])
     assert not torch.equal(a["encoder.0.weight"], fresh["encoder.0.weight"])
-    assert (with_decoder / "recon.png").exists() and not (without / "recon.png").exists()
+    sheets = [args for name, args in drawn if name == "draw_reconstructions"]
+    assert [(folder.name, note) for *_, folder, note in sheets] == [
+        (with_decoder.name, " (the decoder is not trained: beta 0)")]
     assert json.loads((with_decoder / "metrics.json").read_text())["reconstruction"] is None
 
 
 def test_alpha_0_trains_the_autoencoder_alone(tiny, tmp_path):
     folder = run(tiny, tmp_path, "--version", "v3", "--alpha", "0")
-    weights = torch.load(folder / "last.pt", weights_only=True)["model"]
     torch.manual_seed(0)
-    fresh = models.build("v3").state_dict()
-    moved = {name for name in fresh if not torch.equal(weights[name], fresh[name])}
-    assert moved == {name for name in fresh if not name.startswith("classifier")}
+    fresh, found = models.build("v3").state_dict(), weights(folder)
+    changed = {name for name in fresh if not torch.equal(found[name], fresh[name])}
+    assert changed == {name for name in fresh if not name.startswith("classifier")}
     metrics = json.loads((folder / "metrics.json").read_text())
     assert "accuracy" not in metrics and metrics["reconstruction"]["mse"] > 0
 
 
-def test_the_same_command_twice_gives_the_same_bits(tiny, tmp_path):
-    """Two processes; bf16 where the machine has it, dropout, flips, both losses."""
-    command = [sys.executable, ROOT / "train.py", "--dataset", tiny, "--epochs", "2", "--device", "cpu",
-               "--output", "runs"]
-    for _ in range(2):
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    a, b = (torch.load(tmp_path / "runs" / name / "last.pt", weights_only=True)
-            for name in ("v4_dataset-tiny_epochs2", "v4_dataset-tiny_epochs2_run2"))
-    for name, weight in a["model"].items():
-        assert torch.equal(weight, b["model"][name]), name
-    other = torch.load(run(tiny, tmp_path / "runs", "--seed", "1") / "last.pt", weights_only=True)
-    assert not torch.equal(a["model"]["encoder.0.weight"], other["model"]["encoder.0.weight"])
+def test_the_command_gives_the_same_bits_in_another_process_and_repository(tiny, tmp_path, python):
+    """bf16 where the machine has it, dropout, flips, both losses. The scripts are copied, untracked, into
+    another repository, whose commit is not theirs."""
+    code, runs = tmp_path / "code", tmp_path / "runs"
+    for folder in (code, runs):
+        folder.mkdir()
+    for name in ("train", "evaluate", "models", "data", "losses"):
+        shutil.copy(ROOT / f"{name}.py", code)
+    if shutil.which("git"):
+        subprocess.run(["git", "init", "-q", code], check=True)
+    done = python(code / "train.py", "--dataset", tiny, "--epochs", "2", "--device", "cpu", "--output", ".",
+                  folder=runs)
+    assert done.status == 0, done.err
+    one, two = runs / "v4_dataset-tiny_epochs2", run(tiny, runs)
+    assert two.name == one.name + "_run2" and config_of(one)["machine"] == config_of(two)["machine"]
+    assert_equal(weights(one), weights(two))
+    assert config_of(one)["git"] is None
+    other = weights(run(tiny, runs, "--seed", "1"))
+    assert not torch.equal(weights(one)["encoder.0.weight"], other["encoder.0.weight"])
 
 
 def test_training_learns(tiny, tmp_path):
     """Sixty images are learnt by heart: far more right answers than chance's ten percent."""
-    folder = run(tiny, tmp_path, "--version", "v3", "--epochs", "40", "--lr-step", "40", "--no-flip",
-                 "--batch-size", "10", "--optimizer", "adam", "--lr", "0.002")
-    with open(folder / "log.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 40
+    rows = log(run(tiny, tmp_path, "--version", "v3", "--epochs", "30", "--lr-step", "40", "--no-flip",
+                   "--batch-size", "10", "--optimizer", "adam", "--lr", "0.003", "--test-size", "10"))
+    assert len(rows) == 30
     assert float(rows[-1]["train_accuracy"]) > 80
     assert float(rows[-1]["train_autoencoder"]) < 0.8 * float(rows[0]["train_autoencoder"])
+
+
+def test_all_streams_of_random_numbers_differ():
+    """Of seeds that differ by 2**31 too, although a generator on the CPU uses 32 bits alone."""
+    purposes = ["dropout", "noise", "tiles", "labelled"]
+    found = [train.stream(seed, number, purpose, rank) for seed, number, purpose, rank in itertools.product(
+        (0, 1, 2, 5, 2**31 - 1, 2**31, 5 + 2**31), range(40), purposes, range(4))]
+    # The order is of all processes: one stream.
+    found += [train.stream(seed, number, "order") for seed in (0, 1, 2, 5, 2**31, 5 + 2**31) for number in range(40)]
+    assert len(found) == len(set(found)) == 4720
+    assert all(type(seed) is int and 0 <= seed < 2**32 for seed in found)
+
+
+def test_the_processes_have_one_order_and_dropout_of_their_own():
+    assert train.stream(3, 1, "order", 0) == train.stream(3, 1, "order", 1)
+    orders = [torch.randperm(50, generator=torch.Generator().manual_seed(train.stream(seed, number, "order")))
+              for seed in (5, 5 + 2**31) for number in range(2)]
+    assert len({tuple(order.tolist()) for order in orders}) == 4
+    draws = [torch.rand(9, generator=torch.Generator().manual_seed(train.stream(seed, 0, "dropout", rank)))
+             for seed in (5, 5 + 2**31) for rank in range(2)]
+    assert len({tuple(draw.tolist()) for draw in draws}) == 4
+
+
+def test_a_last_batch_of_one_image_trains_batchnorm(tiny, tmp_path, steps):
+    """It belongs to the batch before: a 1x1 map of one image has no variance. One labelled image fills a batch."""
+    folder = run(tiny, tmp_path, "--version", "mobilenet", "--no-pretrained", "--size", "32", "--train-size", "33",
+                 "--epochs", "1", "--test-size", "10", "--labels", "1")
+    assert [(len(tensors["images"]), len(tensors["labels"])) for tensors, _ in steps] == [(33, 32)]
+    row, = log(folder)
+    assert all(math.isfinite(float(value)) for value in row.values() if value)
+
+
+def test_one_image_in_a_batch_is_refused_with_batchnorm(tiny, tmp_path, capsys):
+    flags = ["--version", "mobilenet", "--no-pretrained", "--size", "32", "--dataset", tiny, "--output", tmp_path]
+    for case in (["--batch-size", "1"], ["--train-size", "1"]):
+        assert fails(*flags, *case) == 2
+        error = capsys.readouterr().err
+        assert "mobilenet has BatchNorm" in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------- the rest of the CIFAR study
@@ -175,38 +269,47 @@ def moved(before, model):
             if not torch.equal(value, before[name])}
 
 
+def copied(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
 @pytest.mark.parametrize("changes, second", [
     ({}, {"classifier"}), ({"freeze_encoder": False}, {"encoder", "classifier"}),
-    ({"delta": 0.5, "jigsaw_grid": 2}, {"classifier"})])
+    ({"delta": 0.5, "jigsaw_grid": 2, "labels": 9}, {"classifier"})])
 @pytest.mark.parametrize("version", ["v3", "mobilenet"])
 def test_each_half_of_separate_training_moves_its_parts_alone(version, changes, second):
     """Not by a bit the others; MobileNetV2 has BatchNorm, whose statistics a frozen encoder keeps."""
-    split = data.shapes(train=24, test=10).train
-    s = Namespace(**train.STUDY | dict(separate=True, epochs=2, precision="fp32", batch_size=8) | changes)
+    dataset = shapes(24, changes.get("labels"))
+    s = Namespace(**train.DEFAULTS | dict(separate=True, epochs=2, precision="fp32", batch_size=8) | changes)
     model = models.build(version, (3, 32, 32), pretrained=False)
-    for epoch, (phase, expected) in enumerate(zip(train.phases(s), [{"encoder", "decoder"}, second])):
-        before = {name: value.clone() for name, value in model.state_dict().items()}
-        means = train.train_epoch(model, split, train.make_optimizer(model, phase), phase, epoch)
+    for number, (phase, expected) in enumerate(zip(train.phases(s), [{"encoder", "decoder"}, second], strict=True)):
+        before = copied(model)
+        means = epoch(model, dataset, phase, number)
         assert moved(before, model) == expected
-        assert (means["classifier"] is None) == (epoch == 0)
-        assert (means["autoencoder"] is None) == (epoch == 1)
+        assert (means["classifier"] is None) == (means["accuracy"] is None) == (number == 0)
+        assert (means["autoencoder"] is None) == (number == 1)
 
 
 def test_the_learning_rate_starts_anew_in_each_half_and_drops_twice_as_often():
-    s = Namespace(**train.STUDY | dict(separate=True, epochs=12, lr_step=4, lr=1.0, precision="fp32"))
-    split, model, rates = data.shapes(train=8, test=8).train, models.build("v3"), []
-    for phase in train.phases(s):
-        optimizer = train.make_optimizer(model, phase)
-        for epoch in range(phase.start, phase.end):
-            train.train_epoch(model, split, optimizer, phase, epoch)
-            rates.append(optimizer.param_groups[0]["lr"])
+    s = Namespace(**train.DEFAULTS | dict(separate=True, epochs=12, lr_step=4, lr=1.0, first_decay=0.5))
+    first, second = train.phases(s)
+    assert (first.start, first.end, second.start, second.end) == (0, 6, 6, 12)
+    rates = [train.learning_rate(phase, number) for phase in (first, second)
+             for number in range(phase.start, phase.end)]
     assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01] * 2)
+    assert (first.weight_decay, second.weight_decay) == (0.5, 1e-4)
+
+
+def test_the_mnist_study_trains_its_autoencoder_for_two_thirds_of_the_epochs():
+    s = Namespace(**train.recipe("mnist") | dict(separate=True))
+    for epochs, first in ((30, 20), (3, 2), (2, 1)):
+        s.epochs = epochs
+        assert [phase.end for phase in train.phases(s)] == [first, epochs]
 
 
 def test_both_halves_are_in_the_log(tiny, tmp_path):
     folder = run(tiny, tmp_path, "--version", "v3", "--separate", "--epochs", "4")
-    with open(folder / "log.csv") as file:
-        rows = list(csv.DictReader(file))
+    rows = log(folder)
     assert [row["train_autoencoder"] != "" for row in rows] == [True, True, False, False]
     assert [row["test_accuracy"] != "" for row in rows] == [False, False, True, True]
     mse = [row["test_mse"] for row in rows]
@@ -215,128 +318,96 @@ def test_both_halves_are_in_the_log(tiny, tmp_path):
     assert best["epoch"] == json.loads((folder / "metrics.json").read_text())["accuracy"]["best_epoch"] > 2
 
 
-def test_the_jigsaw_loss_is_of_jumbled_inputs_and_whole_targets(monkeypatch):
-    split = data.shapes(train=20, test=10).train
+def test_the_jigsaw_loss_is_of_jumbled_inputs_and_whole_targets(steps):
+    dataset = shapes(20)
     s = settings(alpha=0.0, beta=0.0, delta=2.0, jigsaw_grid=4, flip=False, batch_size=10)
-    model, seen, compared = models.build("v3"), [], []
+    model, seen = models.build("v3"), []
     forward = model.forward
     model.forward = lambda x, **which: (seen.append((x, which)), forward(x, **which))[1]
-
-    def recorded(*weights, images, **tensors):
-        compared.append(images)
-        return weighted_loss(*weights, images=images, **tensors)
-    monkeypatch.setattr(train, "weighted_loss", recorded)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    means = train.train_epoch(model, split, train.make_optimizer(model, s), s, 0)
+    before = copied(model)
+    means = epoch(model, dataset, s)
     jumbled = [x for x, which in seen if which == {"classify": False}]
-    assert len(jumbled) == len(compared) == 2
-    for tiles, whole in zip(jumbled, compared):
+    assert len(jumbled) == len(steps) == 2
+    for tiles, (tensors, _) in zip(jumbled, steps):
+        whole = tensors["images"]
         assert torch.equal(tiles.flatten(1).sort().values, whole.flatten(1).sort().values)
         assert not torch.equal(tiles, whole)
     assert moved(before, model) == {"encoder", "decoder"}
     assert means["loss"] == pytest.approx(2 * means["jigsaw"]) and means["autoencoder"] is None
 
 
-def test_noise_goes_in_and_the_clean_picture_is_the_target(monkeypatch):
+def test_noise_is_on_the_input_and_the_clean_image_is_the_target(monkeypatch):
     """A network that gives back what it gets is off by the noise: its variance in normalised pixels."""
-    split = data.shapes(train=200, test=10).train
-    s = settings(alpha=0.0, noise=0.1)
-    model = models.build("v3")
+    dataset, model, s = shapes(200), models.build("v3"), settings(alpha=0.0, noise=0.1)
     optimizer = train.make_optimizer(model, s)
     model.forward = lambda x, **_: (torch.zeros(len(x), 10), x.requires_grad_())
     monkeypatch.setattr(optimizer, "step", lambda: None)
     expected = sum((0.1 / std) ** 2 for std in data.STD) / 3
-    assert train.train_epoch(model, split, optimizer, s, 0)["autoencoder"] == pytest.approx(expected, rel=0.02)
-    measured = measure(model, split, noise=0.1)
+    trained = train.train_epoch(model, dataset, optimizer, s, 0)["autoencoder"]
+    assert trained == pytest.approx(expected, rel=0.02)
+    assert train.train_epoch(model, dataset, optimizer, s, 1)["autoencoder"] != trained  # other noise
+    model.forward = lambda x, **_: (torch.zeros(len(x), 10), x, None, None)
+    measured = evaluate.measure(model, dataset.train, s, classify=False)
     assert measured["autoencoder"] == pytest.approx(expected, rel=0.02)
-    assert measured["autoencoder"] == measure(model, split, noise=0.1)["autoencoder"]
-    assert measure(model, split)["autoencoder"] == 0
+    assert measured["autoencoder"] == evaluate.measure(model, dataset.train, s)["autoencoder"]
+    s.clean_test = True
+    assert evaluate.measure(model, dataset.train, s)["autoencoder"] == 0
 
 
-def test_class_weights_make_small_classes_count(monkeypatch):
-    split = data.resample(data.shapes(train=200, test=10).train, [20] * 5 + [5] * 5, 0)
-    s, seen = settings(beta=0.0, class_weights="balanced"), []
-    monkeypatch.setattr(train, "weighted_loss", lambda *weights, class_weights, **tensors: (
-        seen.append(class_weights), weighted_loss(*weights, class_weights=class_weights, **tensors))[1])
-    model = models.build("v3")
-    train.train_epoch(model, split, train.make_optimizer(model, s), s, 0)
-    assert seen[0].tolist() == pytest.approx([125 / 10 / 20] * 5 + [125 / 10 / 5] * 5)
+def test_class_weights_make_small_classes_count(steps):
+    dataset = shapes(200)
+    dataset.train = data.resample(dataset.train, [20] * 5 + [5] * 5, 0)
+    epoch(models.build("v3"), dataset, settings(beta=0.0, class_weights="balanced"))
+    found = steps[0][0]["class_weights"]
+    assert found.tolist() == pytest.approx([125 / 10 / 20] * 5 + [125 / 10 / 5] * 5)
 
 
-def test_a_run_with_everything_leaves_its_pictures_and_repeats_itself(tiny, tmp_path, capsys):
+def test_a_run_with_everything_leaves_its_pictures_and_repeats_itself(tiny, tmp_path, capsys, pictures):
     flags = ["--variant", "smote", "--constrain", "circle=0.5,star=0.5", "--blur", "0.5", "--noise", "0.05",
-             "--delta", "0.5", "--skip", "--class-weights", "balanced", "--val-share", "0.2", "--batch-size", "8"]
-    first, second = run(tiny, tmp_path, *flags), run(tiny, tmp_path, *flags)
-    other = run(tiny, tmp_path, *flags, "--seed", "1")
-    a, b, c = (torch.load(folder / "last.pt", weights_only=True) for folder in (first, second, other))
-    for name, weight in a["model"].items():
-        assert torch.equal(weight, b["model"][name]), name
-    assert not torch.equal(a["model"]["classifier.lower.0.weight"], c["model"]["classifier.lower.0.weight"])
+             "--delta", "0.5", "--skip", "--class-weights", "balanced", "--val-share", "0.2", "--batch-size", "8",
+             "--labels", "30", "--rotate", "5"]
+    first = run(tiny, tmp_path, *flags)
+    assert "best (on val)" in capsys.readouterr().out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "finish", lambda *_: None)
+        second, other = run(tiny, tmp_path, *flags), run(tiny, tmp_path, *flags, "--seed", "1")
+    assert_equal(weights(first), weights(second))
+    assert not torch.equal(weights(first)["classifier.lower.0.weight"], weights(other)["classifier.lower.0.weight"])
     for picture in ("jigsaw.png", "smote.png", "recon.png", "curves.png"):
         assert min(Image.open(first / picture).size) > 200
-    config = json.loads((first / "config.json").read_text())
-    assert config["images_per_class"] == dict.fromkeys(data.SHAPES, 5)  # 48 of 60: 4 to 5 a class
+    assert config_of(first)["images_per_class"] == dict.fromkeys(data.SHAPES, 5)  # 48 of 60: 4 to 5 a class
     metrics = json.loads((first / "metrics.json").read_text())
     assert metrics["accuracy"]["best_chosen_on"] == "val"
     assert set(metrics["per_class_accuracy"]) == set(data.SHAPES)
-    assert "best (on val)" in capsys.readouterr().out
 
 
-def test_a_sweep_goes_on_where_it_stopped(tiny, tmp_path, capsys, monkeypatch):
-    command = ["--sweep", "latent", "--dataset", tiny, "--epochs", "2", "--train-size", "20", "--device", "cpu",
-               "--output", str(tmp_path)]
-    epochs, train_epoch, trained = iter(range(99)), train.train_epoch, []
-
-    def counted(model, *args):
-        if next(epochs) == 3:  # the second member's second epoch
-            raise KeyboardInterrupt
-        trained.append(model.code_shape[0])
-        return train_epoch(model, *args)
-    monkeypatch.setattr(train, "train_epoch", counted)
-    assert train.main(command) == 130
-    assert "the same command goes on with cnn32" in capsys.readouterr().err
-    assert train.main(command) == 0
-    assert trained == [10, 10, 32, 32, 100, 100, 1000, 1000]
-    folder, = tmp_path.iterdir()
-    assert folder.name == "sweep-latent_dataset-tiny_train-size20_epochs2"
-    lines = (folder / "sweep.md").read_text().splitlines()
-    for line, code in zip(lines[2:], (10, 32, 100, 1000)):
-        run_folder, = folder.glob(f"cnn{code}_*")
-        metrics = json.loads((run_folder / "metrics.json").read_text())
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        assert cells[:4] == [f"cnn{code}", str(code), "3 + 3", f"{metrics['parameters']:,}"]
-        assert cells[6] == f"{metrics['reconstruction']['mse']:.6f}"
-    for picture in ("sheet.png", "sweep.png"):
-        assert min(Image.open(folder / picture).size) > 300
-    assert train.main(command) == 0 and len(trained) == 8  # nothing is trained twice
-
-
-def test_a_variational_run_trains_both_its_terms(tiny, tmp_path):
+def test_a_variational_run_trains_both_its_terms(tiny, tmp_path, drawn):
     folder = run(tiny, tmp_path, "--version", "vae", "--kl", "0.5")
-    with open(folder / "log.csv") as file:
-        rows = list(csv.DictReader(file))
+    rows = log(folder)
     for row in rows:
         for part in ("train", "test"):
             loss = float(row[f"{part}_autoencoder"]) + 0.5 * float(row[f"{part}_kl"])
             assert float(row[f"{part}_loss"]) == pytest.approx(loss)
     assert float(rows[1]["train_kl"]) > 0
-    assert {"prior.png", "walk.png"} <= {each.name for each in folder.iterdir()}
+    assert "draw_variational" in {name for name, _ in drawn}
 
 
 def test_the_joint_model_reports_a_true_accuracy(tiny, tmp_path):
-    """Its scores of no class are wrong answers; noise is in training alone."""
+    """One 48-vector per image is classified; noise is in training alone."""
     folder = run(tiny, tmp_path, "--version", "joint5", "--classes", "ring,star,heart,bars,arrow")
-    config = json.loads((folder / "config.json").read_text())
-    assert config["network"]["scores"] == 256 and config["clean_test"] and config["noise"] == 0.05
+    config = config_of(folder)
+    assert config["network"]["num_classes"] == 5
+    assert config["settings"]["clean_test"] and config["settings"]["noise"] == 0.05
     model, content = evaluate.load_checkpoint(folder / "last.pt")
-    dataset = evaluate.load_data(content["settings"])
-    with torch.no_grad(), evaluate.autocast(torch.device("cpu"), content["settings"]["precision"]):
-        logits, rebuilt = model.eval()(data.normalise(dataset.test.images, scale="-1..1"))
+    dataset = evaluate.prepare_data(content["settings"])
+    images = data.normalise(dataset.test.images, scale="-1..1")
+    with torch.no_grad(), evaluate.autocast(torch.device("cpu"), config["precision"]):
+        logits, rebuilt = model(images)
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert logits.shape == (15, 256)
+    assert logits.shape == (15, 5)
     assert metrics["accuracy"]["last"] == pytest.approx(
         100 * (logits.argmax(1) == dataset.test.labels).float().mean().item())
-    error = rebuilt.float() - data.normalise(dataset.test.images, scale="-1..1")
+    error = rebuilt.float() - images
     assert metrics["reconstruction"]["autoencoder"] == pytest.approx(error.square().mean().item(), rel=1e-2)
     assert 2 * metrics["reconstruction"]["mae"] == pytest.approx(error.abs().mean().item(), rel=1e-2)
 
@@ -344,37 +415,246 @@ def test_the_joint_model_reports_a_true_accuracy(tiny, tmp_path):
 def test_the_best_epoch_is_chosen_on_held_out_images_where_there_are_any():
     rows = [dict(test_accuracy=test, val_accuracy=val, test_mse=None, val_mse=None)
             for test, val in ((50, 40), (70, 39), (60, 41))]
-    assert best_row(rows) is rows[2] and chosen_on(rows) == "val"
+    assert evaluate.best_row(rows) is rows[2] and evaluate.chosen_on(rows) == "val"
     for row in rows:
         row["val_accuracy"] = None
-    assert best_row(rows) is rows[1] and chosen_on(rows) == "test"
+    assert evaluate.best_row(rows) is rows[1] and evaluate.chosen_on(rows) == "test"
+
+
+# ---------------------------------------------------------------- few labels
+
+def test_one_label_in_500_images_against_the_plain_formulation(steps):
+    """The classifier's loss is the mean over the labelled images alone, the reconstruction's over all."""
+    dataset, s = shapes(500, labelled=1, side=16), settings(batch_size=50, labels=1)
+    torch.manual_seed(0)
+    model, plain = (models.build("v3", (3, 16, 16)) for _ in range(2))
+    plain.load_state_dict(model.state_dict())
+    means = epoch(model, dataset, s)
+    optimizer = torch.optim.SGD(plain.parameters(), s.lr, s.momentum, weight_decay=s.weight_decay, foreach=False)
+    rights, expected, images = 0, [], []
+    everything = data.batches(dataset.train, 50, epoch_seed=train.stream(0, 0, "order"), flip=True)
+    labelled = data.batches(dataset.labelled, 50, epoch_seed=train.stream(0, 0, "labelled"), flip=True, rounds=550)
+    for (batch, _), (same, labels) in zip(everything, labelled):
+        logits = plain(same)[0]
+        terms = F.cross_entropy(logits, labels), F.mse_loss(plain(batch)[1], batch)
+        optimizer.zero_grad()
+        sum(terms).backward()
+        optimizer.step()
+        expected.append(torch.stack(terms).detach())
+        rights += (logits.argmax(1) == labels).sum().item()
+        images.append(batch)
+    expected, found = torch.stack(expected), torch.stack([torch.stack(list(terms.values())) for _, terms in steps])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert means["classifier"] == pytest.approx(expected[:, 0].mean().item(), abs=1e-5)
+    assert means["autoencoder"] == pytest.approx(expected[:, 1].mean().item(), abs=1e-5)
+    assert means["accuracy"] == 100 * rights / 500
+    for p, q in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
+    seen = torch.cat([tensors["images"] for tensors, _ in steps])
+    assert len(seen) == 500 and torch.equal(seen, torch.cat(images))
+    assert {len(tensors["labels"]) for tensors, _ in steps} == {50}
+
+
+def test_beta_0_takes_as_many_classifier_steps_and_sees_labelled_images_alone(steps):
+    dataset, found = shapes(60, labelled=7), {}
+    for beta in (1.0, 0.0):
+        del steps[:]
+        epoch(models.build("v3"), dataset, settings(batch_size=8, labels=7, beta=beta))
+        found[beta] = [tensors["labels"].tolist() for tensors, _ in steps]
+    assert found[1.0] == found[0.0] and len(found[0.0]) == 8  # the same labels in the same steps
+    images = {tuple(image.flatten().tolist()) for tensors, _ in steps for image in tensors["images"]}
+    both = [data.normalise(images) for images in (dataset.labelled.images, dataset.labelled.images.flip(3))]
+    assert images <= {tuple(image.flatten().tolist()) for image in torch.cat(both)}
+
+
+def test_labelled_batches_come_round_in_another_order(steps):
+    """29 labelled images in batches of 8: each round has every image once, and batches continue over its end."""
+    dataset = shapes(100, labelled=29)
+    dataset.labelled = data.Split(dataset.labelled.images, torch.arange(29) % 10)
+    epoch(models.build("v3"), dataset, settings(batch_size=8, labels=29, flip=False))
+    assert [len(tensors["labels"]) for tensors, _ in steps] == [8] * 13
+    turns = torch.cat([tensors["labels"] for tensors, _ in steps]).split(29)[:3]
+    for turn in turns:
+        assert torch.equal(turn.sort().values, dataset.labelled.labels.sort().values)
+    assert not torch.equal(turns[0], turns[1]) and not torch.equal(turns[1], turns[2])
+
+
+def test_few_labels_with_the_jigsaw_noise_and_class_weights(steps):
+    """The noise is on both batches, the jigsaw is of all images, the class weights are of the labelled ones."""
+    dataset, model, seen = shapes(40, labelled=20), models.build("v3"), []
+    dataset.labelled = data.resample(dataset.labelled, [3] * 5 + [1] * 5, 0)
+    forward = model.forward
+    model.forward = lambda x, **which: (seen.append((x, which)), forward(x, **which))[1]
+    s = settings(labels=20, delta=0.5, noise=0.1, class_weights="balanced", flip=False)
+    means = epoch(model, dataset, s)
+    weighted = torch.tensor([20 / 10 / 3] * 5 + [20 / 10] * 5)
+    for tensors, terms in steps:
+        torch.testing.assert_close(tensors["class_weights"], weighted)
+        torch.testing.assert_close(terms["classifier"], (weighted[tensors["labels"]] * F.cross_entropy(
+            tensors["logits"], tensors["labels"], reduction="none")).mean())
+        for name in ("reconstruction", "jigsaw_reconstruction"):
+            assert len(tensors[name]) == len(tensors["images"])
+    assert [len(tensors["images"]) for tensors, _ in steps] == [32, 8]
+    assert [len(tensors["labels"]) for tensors, _ in steps] == [32, 32]
+    assert [len(x) for x, _ in seen] == [32, 32, 32, 8, 8, 32]  # all, jumbled, labelled
+    clean = data.normalise(dataset.labelled.images)
+    spread = (seen[2][0][:20].mean(0) - clean.mean(0)) * math.sqrt(20)  # the first round: each image once
+    assert spread.std().item() == pytest.approx(0.1 / 0.226, rel=0.05)
+    assert means["loss"] == pytest.approx(means["classifier"] + means["autoencoder"] + 0.5 * means["jigsaw"])
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.0])
+def test_the_labelled_batches_of_two_processes_are_those_of_one(beta, monkeypatch):
+    """Whatever the number of labels, although a last batch is joined to the one before it in two earlier."""
+    dataset, found = shapes(40), {}
+    for labels in range(2, 40):
+        dataset.labelled, s = data.take(dataset.train, labels, 0), settings(batch_size=8, labels=labels, beta=beta)
+        for process in ((0, 1), (0, 2), (1, 2)):
+            monkeypatch.setattr(evaluate, "process", lambda: process)
+            count, batches = train.epoch_steps(dataset, s, 0)
+            found[process] = [(batch.labels.tolist(), batch.size) for _, batch, _ in batches]
+            assert len(found[process]) == count == 5
+        both = [(sorted(one + other), size) for (one, size), (other, _) in zip(found[0, 2], found[1, 2])]
+        assert both == [(sorted(batch), size) for batch, size in found[0, 1]], labels
+
+
+def test_a_run_with_few_labels_says_so_and_is_refused_without_a_classifier(tiny, tmp_path, capsys):
+    folder = run(tiny, tmp_path, "--version", "v3", "--labels", "10", "--beta", "0")
+    assert folder.name == "v3_dataset-tiny_labels10_beta0_epochs2"
+    assert "labels: of 10 training images; the others have none" in capsys.readouterr().out
+    assert config_of(folder)["images"] == {"train": 60, "test": 30}
+    assert fails("--version", "v3", "--alpha", "0", "--labels", "10", "--dataset", tiny) == 2
+    assert "--labels: has no effect here; expected --alpha above 0" in capsys.readouterr().err
+    assert fails("--version", "v3", "--labels", "61", "--dataset", tiny, "--output", tmp_path / "none") == 2
+    assert "--labels: 61 images asked for; the set has 60" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+# ---------------------------------------------------------------- the table of settings
+
+def example(row):
+    """(words of the command line, the value that they give) for a row of the table, not its default."""
+    flag = f"--{row.name.replace('_', '-')}"
+    if row.accepts is bool:
+        return [flag if not row.default else f"--no-{flag[2:]}"], not row.default
+    if isinstance(row.accepts, train.Number):
+        value = row.accepts.kind(max(row.accepts.low, 0) + 3 if row.accepts.high > 3 else row.accepts.high / 2)
+        return [flag, str(value)], value
+    if isinstance(row.accepts, tuple):
+        return [f"{flag}={row.accepts[-1]}"], row.accepts[-1]
+    text, value = {train.names: ("cat,dog", ["cat", "dog"]), train.network: ("C(8)>C(8)", "C(8)>C(8)"),
+                   train.shares: ("bird=0.5,deer=0.25", {"bird": 0.5, "deer": 0.25})}.get(
+        row.accepts, ("v3",) * 2 if row.name == "version" else ("kind",) * 2 if row.name == "sweep" else ("a",) * 2)
+    return [flag, text], value
+
+
+ROWS = [row for rows in (train.SETTINGS | train.ACTIONS).values() for row in rows]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
+def test_every_setting_has_a_flag(row):
+    words, value = example(row)
+    assert value != row.default
+    assert train.parse(words) == {row.name: value} and train.parse([]) == {}
+    if row.accepts is bool:
+        assert [train.parse([f"--{no}{row.name.replace('_', '-')}"])[row.name] for no in ("", "no-")] == [True, False]
+    if row.name not in train.ACTS:
+        assert train.parse(train.as_flags({row.name: value})) == {row.name: value}
+
+
+def help_of(*words):
+    """What -h prints, the lines joined."""
+    with pytest.raises(SystemExit) as exit:
+        train.main([*words, "-h"])
+    assert not exit.value.code
+
+
+@pytest.mark.parametrize("version", ["vae", "v4", "resnet", "joint5", "mnist"])
+def test_the_help_has_the_defaults_of_the_version(version, capsys):
+    help_of("--version", version)
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert f"the defaults of {version};" in text
+    usual = train.recipe(version)
+    for row in ROWS:
+        help_text = re.sub(r"\s+", " ", row.help)
+        value = usual.get(row.name, row.default)
+        if row.name == "sweep" or value is None:
+            continue
+        shown = {True: "yes", False: "no"}.get(value, value) if type(value) is bool else value
+        shown = ",".join(value) if type(value) is list else f"{value:g}" if type(value) is float else shown
+        assert f"{help_text} ({shown})".strip() in text, row.name
+    assert ("learning rate (0.001)" in text) == (usual["lr"] == 0.001)
+
+
+def test_the_help_of_vae_shows_its_learning_rate(capsys):
+    help_of("--version", "vae")
+    assert re.search(r"--lr X\s+learning rate \(0\.001\)", capsys.readouterr().out)
+    help_of()
+    assert re.search(r"--lr X\s+learning rate \(0\.01\)", capsys.readouterr().out)
+
+
+def test_recipes_list_differences_alone():
+    """A value that equals the default undoes that of a group of recipes, or it should not be there."""
+    for version, changes in train.RECIPES.items():
+        for name, value in changes.items():
+            undoes = any(group.get(name, value) != value for group in (train.OTHERS, train.JOINT, train.FASHION))
+            assert value != train.DEFAULTS[name] or undoes, (version, name)
+
+
+def test_every_recipe_fits_its_version():
+    assert set(train.RECIPES) == {*models.VERSIONS, "custom"}
+    for name, row in models.VERSIONS.items():
+        recipe = train.recipe(name)
+        side = {"cifar10": 32, "mnist": 28, "fashionmnist": 28}[recipe["dataset"]]
+        assert row.in_shape[1] == (recipe["size"] or side)
+        assert row.pretrained == bool(recipe["pretrained"])
+        s = train.settle({"version": name})  # no contradiction in it
+        assert {key for key, value in recipe.items() if getattr(s, key) != value} <= {"dataset", "flip"}
+    assert [name for name in models.VERSIONS if train.recipe(name)["gamma"]] == ["v4", "v4-stride2"]
+
+
+@pytest.mark.parametrize("version", train.RECIPES)
+def test_a_recipe_comes_back_from_its_flags(version):
+    recipe = train.recipe(version)
+    assert train.parse(train.as_flags(recipe)) == {key: value for key, value in recipe.items() if value is not None}
+
+
+@pytest.mark.parametrize("given", [
+    {"lr": 1e-30}, {"lr": 0.1 + 0.2}, {"first_share": 2 / 3}, {"seed": 2**31}, {"scale": "-1..1"}, {"name": "a.b_c-1"},
+    {"classes": ["-a", "b"]}, {"constrain": {"bird": 0.58333339}}, {"constrain": {"a=b": 0.5}}, {"decoder": "none"},
+    {"encoder": "C'(8)>D(0.3)>L(4)"}, {"flip": False}, {"pretrained": False}, {"test_share": 1 / 3}], ids=str)
+def test_settings_come_back_from_their_flags(given):
+    """Runs of a sweep, and runs that resume, get their settings so."""
+    assert train.parse(train.as_flags(given)) == given
 
 
 # ---------------------------------------------------------------- what a run leaves
 
-def test_a_run_folder_has_everything_and_agrees_with_itself(tiny, tmp_path, capsys):
+def test_a_run_folder_has_everything_and_agrees_with_itself(tiny, tmp_path, capsys, pictures):
     folder = run(tiny, tmp_path)
     assert folder.name == "v4_dataset-tiny_epochs2"
-    assert sorted(each.name for each in folder.iterdir()) == [
+    assert sorted(each.name for each in folder.glob("[!.]*")) == [
         "best.pt", "config.json", "curves.png", "last.pt", "log.csv", "metrics.json", "recon", "recon.png"]
-    config = json.loads((folder / "config.json").read_text())
-    assert config["epochs"] == 2 and config["gamma"] == 0.001 and config["network"]["encoder"] == "C'(32)>C(32)"
+    config, rows = config_of(folder), log(folder)
+    assert set(config["settings"]) == set(train.DEFAULTS)
+    assert config["settings"]["epochs"] == 2 and config["settings"]["gamma"] == 0.001
+    assert config["network"]["encoder"] == "C'(32)>C(32)" and config["image_shape"] == [3, 32, 32]
     assert config["torch"] == torch.__version__ and config["images"] == {"train": 60, "test": 30}
-    with open(folder / "log.csv") as file:
-        rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1", "2"]
     for row in rows:
         loss = sum(weight * float(row[f"train_{term}"]) for weight, term in
                    ((1, "classifier"), (1, "autoencoder"), (0.001, "l2")))
         assert float(row["train_loss"]) == pytest.approx(loss)
+    l2 = sum(weight.double().square().sum() for name, weight in weights(folder).items()) / 2
+    assert float(rows[-1]["train_l2"]) == pytest.approx(l2.item(), rel=1e-4)
     metrics = json.loads((folder / "metrics.json").read_text())
     accuracies = [float(row["test_accuracy"]) for row in rows]
-    assert metrics["accuracy"]["last"] == accuracies[-1]
-    assert metrics["accuracy"]["best"] == max(accuracies)
-    assert metrics["accuracy"]["best_epoch"] == accuracies.index(max(accuracies)) + 1
+    best = max(range(2), key=lambda i: (accuracies[i], i))  # the last one where they tie
+    assert metrics["accuracy"] == {"last": accuracies[-1], "best": accuracies[best], "best_epoch": best + 1,
+                                   "best_chosen_on": "test", "largest_class": 10.0}
     assert metrics["parameters"] == 670_797
     assert metrics["reconstruction"]["mse"] == pytest.approx(float(rows[-1]["test_mse"]))
-    assert torch.load(folder / "best.pt", weights_only=True)["epoch"] == metrics["accuracy"]["best_epoch"]
+    assert torch.load(folder / "best.pt", weights_only=True)["epoch"] == best + 1
     pairs = sorted(each.name for each in (folder / "recon").iterdir())
     assert len(pairs) == 20 and pairs[:2] == ["0_circle.png", "0_circle_recon.png"]
     original = np.asarray(Image.open(folder / "recon" / "0_circle.png"))
@@ -392,48 +672,480 @@ def test_a_run_never_overwrites_another(tiny, tmp_path):
     assert (first / "log.csv").read_bytes() == before
 
 
+CUSTOM = "C'(8)>C(8)"
+
+
 @pytest.mark.parametrize("flags, name", [
     ([], "v4"),
     (["--beta", "0"], "v4_beta0"),
     (["--beta", "1", "--gamma", "0.001"], "v4"),  # what the recipe says anyway
     (["--version", "v2.3", "--seed", "3", "--no-flip"], "v2.3_no-flip_seed3"),
-    (["--encoder", "C'(8)>C(8)", "--optimizer", "adam", "--lr", "1e-3"],
-     "v4_encoder-Cp-8-C-8_optimizer-adam_lr0.001"),
+    (["--version", "v4", "--encoder", CUSTOM, "--optimizer", "adam", "--lr", "1e-3"],
+     "v4_encoder-Cp8-C8_optimizer-adam_lr0.001"),
     (["--no-decoder"], "v4_no-decoder"),
     (["--separate", "--no-freeze-encoder", "--skip"], "v4_skip_separate_no-freeze-encoder"),
-    (["--version", "resnet", "--no-pretrained", "--size", "64"], "resnet_size64_no-pretrained"),
+    (["--version", "resnet", "--no-pretrained", "--size", "64"], "resnet_no-pretrained_size64"),
     (["--dataset", "mnist", "--classes", "1,2"], "v4_dataset-mnist_classes1-2"),
-    (["--variant", "smote", "--constrain", "cat=0.25,dog=0.5"], "v4_variant-smote_constrain-cat0.25-dog0.5")])
+    (["--variant", "smote", "--constrain", "cat=0.25,dog=0.5"], "v4_variant-smote_constrain-cat0.25-dog0.5"),
+    (["--encoder", CUSTOM], "Cp8-C8_Lp10"),
+    (["--encoder", CUSTOM, "--classifier", "C(8)>L'(10)", "--labels", "100"], "Cp8-C8_C8-Lp10_labels100"),
+    (["--encoder", CUSTOM, "--no-decoder"], "Cp8-C8_Lp10_no-decoder"),
+    (["--encoder", "L(64)", "--decoder", "L(3072)"], "L64_Lp10_decoder-L3072"),
+    (["--encoder", CUSTOM, "--alpha", "0", "--seed", "2"], "Cp8-C8_alpha0_seed2"),
+    (["--encoder", CUSTOM, "--name", "my-net"], "my-net"), (["--name", "one", "--seed", "4"], "one_seed4")])
 def test_a_run_is_named_after_what_differs(flags, name):
-    s = train.settle(train.make_parser().parse_args(flags))
+    s = train.settle(train.parse(flags))
     s.dataset = s.dataset or "cifar10"
-    assert train.run_name(s, train.RECIPES[s.version]) == name
+    assert train.run_name(s) == name
 
 
-def test_every_recipe_fits_its_version():
-    assert set(train.RECIPES) == set(models.VERSIONS)
-    for name, recipe in train.RECIPES.items():
-        side = {"cifar10": 32, "mnist": 28, "fashionmnist": 28}[recipe["dataset"]]
-        assert models.VERSIONS[name].in_shape[1] == (recipe["size"] or side)
-        train.settle(train.make_parser().parse_args(["--version", name]))  # no contradiction in it
-        assert models.VERSIONS[name].pretrained == bool(recipe["pretrained"])
-    assert [name for name, recipe in train.RECIPES.items() if recipe["gamma"]] == ["v4", "v4-stride2"]
+def test_an_encoder_alone_gets_the_recipe_of_custom(tiny, tmp_path):
+    """Not v4's: no L2 loss, and a linear classifier on its code. --decoder and --no-decoder go with it."""
+    s = train.settle(train.parse(["--encoder", CUSTOM]))
+    expected = train.DEFAULTS | {"version": "custom", "encoder": CUSTOM, "classifier": "L'(10)", "dataset": None}
+    assert vars(s) == expected and s.gamma == 0
+    s = train.settle(train.parse(["--encoder", CUSTOM, "--alpha", "0"]))
+    assert s.classifier is None and not evaluate.classifies(s)
+    s = train.settle(train.parse(["--encoder", CUSTOM, "--no-decoder"]))
+    assert (s.decoder, s.beta) == ("none", 0.0)
+    folder = run(tiny, tmp_path, "--encoder", "C(4)>C(4)", "--decoder", "T(8)>T(3)", "--name", "mine", "--epochs", "1")
+    model, content = evaluate.load_checkpoint(folder / "best.pt")
+    assert folder.name == "mine" and content["settings"].version == "custom"
+    assert (model.version.encoder, model.version.decoder) == ("C(4)>C(4)", "T(8)>T(3)")
+    assert [layer.out_features for layer in model.classifier if hasattr(layer, "out_features")] == [10]
+    assert train.main(["--resume", str(folder), "--epochs", "2"]) == 0 and len(log(folder)) == 2
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path, capsys):
-    status = train.main(["--dataset", tiny, "--lr", "1e30", "--output", str(tmp_path), "--device", "cpu"])
-    assert status == 1
+@pytest.mark.parametrize("flags, message", [
+    (["--classifier", "L'(10)"], "--classifier: expected --encoder NOTATION beside it, or --version NAME"),
+    (["--decoder", "T(3)"], "--decoder: expected --encoder"), (["--version", "custom"], "--version custom: expected"),
+    (["--encoder", CUSTOM, "--alpha", "0", "--classifier", "L'(10)"], "is not trained with alpha 0"),
+    (["--encoder", CUSTOM, "--no-decoder", "--beta", "1"], "--beta 1: custom has no decoder here"),
+    (["--version", "cnn", "--labels", "5"], "--labels: has no effect"),
+    (["--version", "v3", "--kl", "1"], "needs an encoder that ends in N(n)")])
+def test_networks_and_settings_that_contradict_each_other_are_refused(flags, message, capsys):
+    assert fails(*flags) == 2
     error = capsys.readouterr().err
-    assert "epoch 1, step " in error and "loss is nan" in error and "--lr" in error
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "-x", "two words", "a" * 101, ""])
+def test_a_name_that_is_no_folder_name_is_refused(name, tiny, tmp_path, capsys):
+    assert fails("--version", "v3", f"--name={name}", "--dataset", tiny, "--output", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert f"--name: {name[:40]!r}: expected up to 100 letters" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_explodes_ends_with_status_1_and_saves_nothing(tiny, tmp_path, capsys):
+    for version in ("v3", "v4"):
+        assert fails("--version", version, "--dataset", tiny, "--lr", "1e30", "--output", tmp_path, "--device", "cpu") == 1
+        error = capsys.readouterr().err
+        assert re.search(r"stopped: epoch 1(, step \d)?: .* (is|are) (nan|inf|not finite).*--lr", error)
+        assert error.count("\n") == 1 and "resume" not in error
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pt", ".csv")]
+
+
+@pytest.mark.parametrize("beta, value", [("1", math.inf), ("1", math.nan), ("0", 1e38)])
+def test_an_explosion_in_the_last_step_of_an_epoch_keeps_the_last_good_epoch(beta, value, tiny, tmp_path, capsys,
+                                                                             monkeypatch):
+    """No loss of the epoch tells it: each is computed before the step."""
+    make_optimizer, steps = train.make_optimizer, itertools.count(1)
+
+    def exploding(model, s):
+        optimizer = make_optimizer(model, s)
+        step = optimizer.step
+
+        def explode():
+            step()
+            if next(steps) == 4:  # of two epochs of two steps
+                model.classifier[-1].weight.data.fill_(value)
+        optimizer.step = explode
+        return optimizer
+    monkeypatch.setattr(train, "make_optimizer", exploding)
+    argv = ["--version", "v3", "--dataset", tiny, "--epochs", "3", "--beta", beta, "--output", tmp_path]
+    assert fails(*argv) == 1
+    error = capsys.readouterr().err
+    assert "stopped: epoch 2: " in error and "its whole epochs are in" in error and error.count("\n") == 1
+    folder, = tmp_path.iterdir()
+    for name in ("best.pt", "last.pt"):
+        model, content = evaluate.load_checkpoint(folder / name)
+        assert content["epoch"] == 1
+        assert all(weight.isfinite().all() for weight in model.state_dict().values())
+    row, = log(folder)
+    assert all(math.isfinite(float(cell)) for cell in row.values() if cell)
+
+
+def test_lengthening_a_run_renames_its_folder_and_its_curves(tiny, tmp_path, drawn):
+    folder = run(tiny, tmp_path, "--version", "v3")
+    assert folder.name == "v3_dataset-tiny_epochs2"
+    assert train.main(["--resume", str(folder), "--epochs", "3", "--device", "cpu"]) == 0
+    longer, = tmp_path.iterdir()
+    assert longer.name == "v3_dataset-tiny_epochs3" and len(log(longer)) == 3
+    titles = [args[2] for name, args in drawn if name == "draw_curves"]
+    assert titles == ["v3_dataset-tiny_epochs2 on tiny", "v3_dataset-tiny_epochs3 on tiny"]
+    config = config_of(longer)
+    assert config["settings"]["epochs"] == 3 and config["settings"]["precision"] == "auto"
+    assert config["command"][-2:] == ["--version", "v3"] and config["resumed"][0]["command"][2] == "--resume"
+    s = train.settle(train.parse(["--version", "v3", "--dataset", tiny, "--epochs", "3"]))
+    assert train.find_run(tmp_path, s) == longer
+    # A name that is taken, or that was given, stays.
+    second = run(tiny, tmp_path, "--version", "v3")
+    assert train.main(["--resume", str(second), "--epochs", "3"]) == 0 and len(log(second)) == 3
+    named = run(tiny, tmp_path, "--version", "v3", "--name", "mine")
+    assert train.main(["--resume", str(named), "--epochs", "3"]) == 0 and len(log(named)) == 3
+
+
+@pytest.mark.parametrize("what, change", [
+    ("classes", lambda arrays: arrays | {"classes": arrays["classes"][::-1]}),
+    ("images", lambda arrays: arrays | {key: arrays[key][:-1] for key in ("x_train", "y_train")}),
+    ("image shape", lambda arrays: arrays | {key: arrays[key][..., :28, :28] for key in ("x_train", "x_test")})])
+def test_a_run_resumes_on_its_own_data_alone(what, change, tiny, tmp_path, capsys):
+    path = tmp_path / "set.npz"
+    shutil.copy(tiny, path)
+    folder = run(str(path), tmp_path / "out", "--version", "v3")
+    with np.load(path) as file:
+        np.savez(path, **change(dict(file)))
+    before = (folder / "config.json").read_bytes()
+    assert fails("--resume", folder, "--epochs", "3") == 2
+    error = capsys.readouterr().err
+    assert f"the data set's {what} are" in error and error.count("\n") == 1
+    assert (folder / "config.json").read_bytes() == before and len(log(folder)) == 2
+
+
+def test_a_run_that_is_not_done_is_not_repeated_and_not_shortened(tiny, tmp_path, capsys):
+    folder = run(tiny, tmp_path, "--version", "v3", "--lr", "0.02")
+    for flags, message in ((["--epochs", "1"], "2 epochs are done"), ([], "its 2 epochs are done; --epochs N"),
+                           (["--epochs", "3", "--lr", "0.1"], "--lr 0.1: a run resumes with its own settings, here"),
+                           (["--seeds", "2"], "--resume: resumes one run")):
+        assert fails("--resume", folder, *flags) == 2
+        assert message in capsys.readouterr().err
+    assert train.main(["--resume", str(folder), "--epochs", "3", "--lr", "0.02", "--output", str(tmp_path)]) == 0
+
+
+def test_settings_unknown_to_an_old_run_take_their_default(tiny, tmp_path):
+    """A run of an earlier version of this program: its config.json has fewer settings, or others."""
+    first, old = (run(tiny, tmp_path / name, "--version", "vae", "--rotate", "5") for name in ("first", "old"))
+    config = config_of(old)
+    new = {"labels", "test_share", "first_decay", "kl", "alpha"}
+    config["settings"] = {key: value for key, value in config["settings"].items() if key not in new} | {"past": 3}
+    (old / "config.json").write_text(json.dumps(config))
+    for folder in (first, old):
+        assert train.main(["--resume", str(folder), "--epochs", "3"]) == 0
+    (first,), (old,) = ((tmp_path / name).iterdir() for name in ("first", "old"))
+    assert_equal(weights(first), weights(old))
+    assert config_of(old)["settings"] == config_of(first)["settings"]
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_the_commit_is_of_the_repository_that_tracks_the_code(tmp_path, monkeypatch):
+    def git(*words):
+        done = subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *words],
+                              capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+    copy = tmp_path / "train.py"
+    copy.write_text("1\n")
+    (tmp_path / "other.txt").write_text("1\n")
+    monkeypatch.setattr(train, "__file__", str(copy))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert train.git_commit() is None  # no repository
+    git("init", "-q")
+    git("add", "other.txt")
+    git("commit", "-q", "-m", "other")
+    assert train.git_commit() is None  # untracked in another's
+    git("add", "train.py")
+    git("commit", "-q", "-m", "train")
+    assert train.git_commit() == git("rev-parse", "HEAD")
+    copy.write_text("2\n")
+    assert train.git_commit() == git("rev-parse", "HEAD") + "+changes"
+    monkeypatch.setenv("PATH", "")
+    assert train.git_commit() is None  # no git
+
+
+def test_find_run_needs_every_setting_equal(tmp_path, monkeypatch):
+    """Two sets of one name in different folders; other seeds; names that are cut to the same 120 characters."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "set.npz").touch()
+    monkeypatch.chdir(tmp_path)
+    long = "C'(8)>" * 40 + "C'(8)"
+    commands = [["--dataset", "a/set.npz"], ["--dataset", "b/set.npz"], ["--dataset", "a/set.npz", "--seed", "1"],
+                ["--dataset", "a/set.npz", "--seed", "2"], ["--dataset", "a/set.npz", "--lr", "0.02"],
+                ["--encoder", long, "--seed", "1"], ["--encoder", long, "--seed", "2"],
+                ["--encoder", long + ">C(8)"], ["--version", "v3", "--labels", "5"], ["--version", "v3"]]
+    commands = [command if "--dataset" in command else [*command, "--dataset", "shapes"] for command in commands]
+    folders = []
+    for command in commands:
+        s = train.settle(train.parse(command))
+        assert train.find_run(tmp_path / "out", s) is None
+        folders.append(train.make_folder(tmp_path / "out", train.run_name(s), {"settings": vars(s)}))
+        assert len(train.run_name(s)) <= 120
+    assert len(set(folders)) == len(commands)
+    assert (folders[0].name, folders[1].name) == ("v4_dataset-set", "v4_dataset-set_run2")
+    assert folders[6].name == folders[5].name + "_run2" and len(folders[5].name) == 120
+    for command, folder in zip(commands, folders):
+        s = train.settle(train.parse([*command, "--device", "cpu", "--data-dir", "elsewhere", "--name", "other"]))
+        assert train.find_run("out", s).resolve() == folder
+    (folders[-1] / "config.json").write_text("{")  # damaged
+    assert train.find_run("out", train.settle(train.parse(commands[-1]))) is None
+
+
+def test_a_folder_that_a_killed_process_left_half_made_is_no_run(tmp_path):
+    """It has its config.json, but not yet its name."""
+    s = train.settle({"version": "v3", "dataset": "shapes"})
+    folder = train.make_folder(tmp_path, "v3", {"settings": vars(s)})
+    folder.rename(tmp_path / ".v3.12345")
+    assert train.find_run(tmp_path, s) is None
 
 
 def test_digits_are_never_flipped(monkeypatch, tmp_path):
-    grey = data._split(torch.zeros(20, 1, 28, 28, dtype=torch.uint8), torch.arange(20) % 10)
-    monkeypatch.setattr(data, "_named", lambda name, *_: data.Dataset(
+    grey = data.Split(torch.zeros(20, 1, 28, 28, dtype=torch.uint8), torch.arange(20) % 10)
+    monkeypatch.setattr(data, "prepare", lambda name, *_, **__: data.Dataset(
         name, "test", [str(digit) for digit in range(10)], grey, grey))
     for name, flip in (("mnist", False), ("fashionmnist", True)):
-        args = train.make_parser().parse_args(["--dataset", name, "--data-dir", str(tmp_path)])
-        s = train.settle(args)
+        s = train.settle(train.parse(["--version", "v3", "--dataset", name, "--data-dir", str(tmp_path)]))
         train.prepare(s)
         s.precision = "auto"  # as given, for the name
-        assert s.flip is flip and train.run_name(s, train.RECIPES["v4"]) == f"v4_dataset-{name}"
+        assert s.flip is flip and train.run_name(s) == f"v3_dataset-{name}"
+
+
+def test_run_from_python_is_the_command(tiny, tmp_path):
+    command = run(tiny, tmp_path / "command", "--version", "v3", "--classes", "ring,star", "--no-flip")
+    result = train.run(version="v3", dataset=tiny, epochs=2, classes=["ring", "star"], flip=False, device="cpu",
+                       output=str(tmp_path / "python"))
+    assert result.folder.name == command.name and len(result.rows) == 2 and not result.model.training
+    assert_equal(result.model.state_dict(), weights(command))
+    assert config_of(result.folder)["settings"] == config_of(command)["settings"]
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"version": "v44"}, "no version 'v44'"), ({"lr": -1.0}, "--lr"), ({"batch": 3}, "batch"),
+    ({"alpha": 0.0, "beta": 0.0}, "nothing to train on"), ({"name": "a/b"}, "--name"), ({"dataset": "nowhere"}, "no data set 'nowhere'"),
+    ({"seeds": 2}, "seeds"), ({"sweep": "kind"}, "sweep"), ({"jobs": 2}, "jobs")], ids=str)
+def test_run_from_python_raises_valueerror(settings, message, tiny, tmp_path):
+    """Of one run alone: many runs are the command's."""
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train.run(**{"version": "v3", "dataset": tiny, "epochs": 1, "output": str(out)} | settings)
+    assert not out.exists()
+
+
+# ---------------------------------------------------------------- many runs
+
+def settled(given):
+    """The Namespaces of what a command trains, and the folder that they go into."""
+    runs, output, _ = train.plan(given)
+    for each in runs:
+        each.setdefault("dataset", train.recipe(each.get("version", "v4"))["dataset"])
+    return [train.settle(each) for each in runs], output
+
+
+@pytest.mark.parametrize("words", [
+    *(["--sweep", name] for name in train.SWEEPS), ["--seeds", "3", "--version", "vae"], ["--seeds", "2"],
+    ["--sweep", "latent", "--seeds", "2", "--seed", "5", "--dataset", "shapes", "--epochs", "3", "--classes=-a,b"],
+    ["--sweep", "help", "--lr", "0.3", "--constrain", "bird=0.5", "--variant", "smote", "--no-flip", "--device", "cpu"],
+    ["--seeds", "2", "--version", "joint5", "--data-dir", "elsewhere", "--output", "a b", "--name", "both"]],
+    ids=" ".join)
+def test_the_listed_commands_are_the_runs(words, capsys):
+    """Each line gives the same settings, and so the same folder, as the command that lists it."""
+    assert train.main([*words, "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    expected, output = settled(train.parse(words))
+    assert len(lines) == len(expected)
+    for line, s in zip(lines, expected):
+        program, script, *flags = shlex.split(line)
+        (found,), folder = settled(train.parse(flags))
+        assert (program, script, folder) == ("python", "train.py", output)
+        assert vars(found) == vars(s) and train.run_name(found) == train.run_name(s)
+    names = [train.run_name(s) for s in expected]
+    assert len(set(names)) == len(names)  # no two runs of a sweep are the same
+
+
+def test_a_sweep_of_seeds_is_named_and_numbered():
+    orders = ["--dataset shapes --epochs 3 --size 24", "--size 24 --epochs 3 --dataset shapes"]
+    for order in orders:  # in the order of the table, whatever that of the flags
+        expected, output = settled(train.parse(f"--sweep latent --seeds 2 --seed 5 --device cpu {order}".split()))
+        assert [(s.version, s.seed) for s in expected] == [(f"cnn{code}", seed) for code in (10, 32, 100, 1000)
+                                                           for seed in (5, 6)]
+        assert output == Path("outputs/sweep-latent_dataset-shapes_size24_epochs3")
+    expected, output = settled(train.parse(["--seeds", "3", "--version", "v3"]))
+    assert [train.run_name(s) for s in expected] == ["v3", "v3_seed1", "v3_seed2"] and output == Path("outputs")
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--jobs", "2"], "--jobs: has no effect on one run"), (["--list"], "--list: has no effect on one run"),
+    (["--sweep", "kind", "--version", "v3"], "--version: has no effect with --sweep"),
+    (["--sweep", "kind", "--encoder", CUSTOM], "--encoder: has no effect with --sweep"),
+    (["--sweep", "kind", "--labels", "5"], "--labels: has no effect"), (["--seeds", "0"], "--seeds"),
+    (["--sweep", "kin"], "--sweep"), (["--seeds", "2", "--beta", "0", "--alpha", "0"], "nothing to train on")])
+def test_many_runs_that_make_no_sense_are_refused(flags, message, capsys, tmp_path):
+    assert fails(*flags, "--output", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("cores, free, batch, count, given, expected", [
+    (8, 100, 32, 9, {}, (8, 1)), (8, 100, 32, 3, {}, (3, 2)), (8, 5, 32, 9, {}, (2, 4)), (8, 0, 32, 9, {}, (1, 8)),
+    (8, math.inf, 32, 9, {}, (8, 1)), (8, 100, 500, 9, {}, (1, 8)), (2, 100, 32, 9, {"jobs": 5}, (5, 1)),
+    (6, 100, 32, 9, {"jobs": 4}, (4, 1)), (8, 100, 32, 2, {"jobs": 4}, (2, 4))])
+def test_runs_at_once_follow_cores_memory_and_batch(cores, free, batch, count, given, expected, monkeypatch):
+    """Free memory in GB: 2 for each run; infinite where the system does not tell."""
+    monkeypatch.setattr(train.torch, "get_num_threads", lambda: cores)
+    monkeypatch.setattr(data, "free_memory", lambda: free * 2**30)
+    runs = [settings(batch_size=batch)] * count
+    assert train.jobs_and_threads(given | {"device": "cpu"}, runs) == expected
+
+
+needs_forkserver = pytest.mark.skipif(sys.platform == "win32", reason="starting processes takes long")
+
+
+@pytest.fixture(scope="module")
+def pair(tiny, tmp_path_factory):
+    """(flags of two runs, the folder where they were trained, both at once)."""
+    out = tmp_path_factory.mktemp("pair")
+    flags = ["--version", "v3", "--dataset", tiny, "--epochs", "2", "--device", "cpu"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.torch, "get_num_threads", lambda: 2)
+        assert train.main([*flags, "--seeds", "2", "--jobs", "2", "--output", str(out)]) == 0
+    return flags, out
+
+
+@needs_forkserver
+def test_runs_at_once_give_the_bits_of_one_alone(pair, tiny, tmp_path):
+    """Two at once with one thread each, and each seed by itself with one."""
+    flags, out = pair
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    alone = [run(tiny, tmp_path, *flags, "--seed", str(seed)) for seed in range(2)]
+    torch.set_num_threads(threads)
+    assert sorted(each.name for each in out.glob("v3*")) == sorted(each.name for each in alone)
+    for folder in alone:
+        for name in ("best.pt", "last.pt"):
+            assert_equal(weights(folder, name), weights(out / folder.name, name))
+        config, other = config_of(folder), config_of(out / folder.name)
+        assert config["settings"] == other["settings"]
+        assert other["command"][:2] == ["python", "train.py"] and other["machine"].endswith(" 1 threads")
+        assert "next: python evaluate.py" in (out / folder.name / "output.txt").read_text()
+        assert (out / folder.name / "curves.png").exists()
+    accuracies = [json.loads((folder / "metrics.json").read_text())["accuracy"]["last"] for folder in alone]
+    name, count, accuracy, *_ = table(out)[2]
+    assert (name, count) == ("v3_dataset-tiny_epochs2", "2") and accuracy.startswith(f"{np.mean(accuracies):.2f}")
+    assert not [each for each in out.iterdir() if each.name.startswith(".output")]
+
+
+@needs_forkserver
+def test_finished_runs_are_not_trained_again_and_more_seeds_are_added(pair, tmp_path, capsys, monkeypatch):
+    flags, out = pair
+    for folder in out.glob("v3*"):
+        shutil.copytree(folder, tmp_path / folder.name)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")}
+    monkeypatch.setattr(train, "run_all", lambda todo, *_: todo and pytest.fail("a run was trained again"))
+    assert train.main([*flags, "--seeds", "2", "--output", str(tmp_path)]) == 0
+    assert "2 of 2 runs are finished already" in capsys.readouterr().out
+    assert train.main([*flags, "--seed", "1", "--seeds", "1", "--output", str(tmp_path)]) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert len(list(tmp_path.glob("v3*"))) == 2
+    seen = []
+    monkeypatch.setattr(train, "run_all", lambda todo, *_: seen.extend(s.seed for _, s in todo) or [])
+    assert train.main([*flags, "--seeds", "4", "--output", str(tmp_path)]) == 0
+    assert seen == [2, 3]
+
+
+def interrupted(monkeypatch, at):
+    """train_epoch that Ctrl-C ends in its call number `at` (from 0)."""
+    calls, train_epoch = itertools.count(), train.train_epoch
+
+    def call(*args, **kwargs):
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        return train_epoch(*args, **kwargs)
+    monkeypatch.setattr(train, "train_epoch", call)
+
+
+def table(out):
+    """The cells of a comparison, without the seconds."""
+    path, = out.glob("comparison*/comparison.md")
+    return [[cell.strip() for cell in line.split("|")[1:-2]] for line in path.read_text().splitlines()]
+
+
+@needs_forkserver
+def test_interrupted_runs_resume_and_one_at_once_gives_the_bits_of_two(pair, tiny, tmp_path, monkeypatch, capsys):
+    flags, out = pair
+    with monkeypatch.context() as patch:
+        interrupted(patch, 1)
+        assert fails(*flags, "--seed", "1", "--output", tmp_path) == 130
+    folder = tmp_path / "v3_dataset-tiny_epochs2_seed1"
+    assert f"resume with: python train.py --resume {folder}" in capsys.readouterr().err
+    assert len(log(folder)) == 1
+    monkeypatch.setattr(train.torch, "get_num_threads", lambda: 1)
+    assert train.main([*flags, "--seeds", "2", "--jobs", "1", "--output", str(tmp_path)]) == 0
+    assert len(config_of(folder)["resumed"]) == 1 and len(list(tmp_path.glob("v3*"))) == 2
+    for each in out.glob("v3*"):
+        assert_equal(weights(each), weights(tmp_path / each.name))
+    assert table(out) == table(tmp_path)
+
+
+@needs_forkserver
+def test_a_run_that_fails_stops_no_other(pair, tiny, tmp_path, monkeypatch, capsys):
+    """The second of three cannot be built; the first is trained by its line of --list, as in the sweep."""
+    flags, out = pair
+    deep = "C(8)>C(8)>C(8)>C(8)>C(8)>C(8)"
+    sweep = train.Sweep([dict(version="v3"), dict(version="v3", encoder=deep), dict(version="v3", beta=0.0)],
+                        "beta=0", "for this test")
+    monkeypatch.setitem(train.SWEEPS, "kind", sweep)
+    command = ["--sweep", "kind", *flags[2:], "--output", str(tmp_path)]
+    assert train.main([*command, "--list"]) == 0
+    first = shlex.split(capsys.readouterr().out.splitlines()[0])
+    assert train.main(first[2:]) == 0
+    folder, = tmp_path.iterdir()
+    assert folder.name == "sweep-kind_dataset-tiny_epochs2"
+    assert_equal(weights(folder / "v3_dataset-tiny_epochs2"), weights(out / "v3_dataset-tiny_epochs2"))
+    capsys.readouterr()
+    assert train.main(command) == 1
+    printed, error = capsys.readouterr()
+    assert "1 of 3 runs are finished already" in printed
+    name = "v3_encoder-C8-C8-C8-C8-C8-C8_dataset-tiny_epochs2"
+    assert f"1 of 3 runs failed: {name}; the same command tries them again" in error
+    message = re.search(rf"^{name}: failed: train.py: error: (.*) \(status 2; its output is in (.*)\)$", printed, re.M)
+    assert "pools a 1x1 map to nothing" in message[1] and message[1] in Path(message[2]).read_text()
+    assert sorted(each.name for each in folder.glob("[!.]*")) == [
+        "comparison", "v3_dataset-tiny_beta0_epochs2", "v3_dataset-tiny_epochs2"]
+    assert [row[0] for row in table(folder)[2:4]] == ["v3", "v3_beta0"]
+
+
+def test_a_second_start_beside_a_running_one_is_refused(pair, tiny, tmp_path, monkeypatch, capsys):
+    flags, _ = pair
+    monkeypatch.setattr(train, "run_all", lambda *_: pytest.fail("runs were started"))
+    with train.locked(tmp_path):
+        assert fails(*flags, "--seeds", "2", "--output", tmp_path) == 2
+    assert "another process is training here" in capsys.readouterr().err
+    folder = run(tiny, tmp_path, *flags)
+    with train.locked(folder):
+        assert fails("--resume", folder, "--epochs", "3") == 2
+    error = capsys.readouterr().err
+    assert f"{folder}: another process is training here" in error and error.count("\n") == 1
+    assert len(log(folder)) == 2
+
+
+@needs_forkserver
+def test_ctrl_c_ends_all_runs_of_a_sweep(pair, tmp_path, monkeypatch, capsys):
+    flags, _ = pair
+    started, start_child = [], train.start_child
+
+    def recorded(*args):
+        started.append(start_child(*args))
+        return started[-1]
+    monkeypatch.setattr(train, "start_child", recorded)
+
+    connection = train.multiprocessing.connection
+    wait, calls = connection.wait, itertools.count()
+
+    def interrupt(waited, *args):
+        if len(waited) == 2 and not next(calls):  # both run
+            raise KeyboardInterrupt
+        return wait(waited, *args)
+    monkeypatch.setattr(connection, "wait", interrupt)
+    assert fails(*flags, "--epochs", "9999", "--seeds", "3", "--jobs", "2", "--output", tmp_path) == 130
+    assert len(started) == 2 and all(process.exitcode for process, _ in started)
+    error = capsys.readouterr().err
+    assert error == "train.py: interrupted; the same command resumes the runs\n"
