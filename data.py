@@ -151,7 +151,7 @@ def _find(dataset, data_dir, test_only, test_share, seed):
         return _index_folder(path, test_share, seed)
     if path.suffix == ".npz" and path.exists():
         return _read_npz(path, test_only), None
-    expected = "a folder with train/ and test/, or an .npz file"
+    expected = "a folder of images in train/<class> and test/<class> or in <class>, or an .npz file"
     if path.exists():
         raise DataError(f"{path}: expected {expected}")
     raise DataError(f"no data set {dataset!r}; expected one of {' '.join(NAMES)} shapes, {expected}")
@@ -413,8 +413,11 @@ def _read_folder(index, folder, paths, size):
     for path in paths:
         status, name = os.stat(path), path.removeprefix(str(folder)).lstrip(os.sep)
         stamp.update(os.fsencode(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0"))
-    # Of the pictures as they are, and fitted to size.
+    # Of the pictures as they are, and fitted to size; larger ones are always fitted.
     caches = [folder / f".cache-{kind}-{stamp.hexdigest()[:16]}.npy" for kind in ("full", size)]
+    with contextlib.suppress(OSError), Image.open(paths[0]) as first:  # a damaged one is named when it is read
+        if size is not None and size * size < math.prod(first.size):
+            caches[0] = caches[1]
 
     def open_cache():
         for cache in caches:
@@ -436,9 +439,10 @@ def _read_folder(index, folder, paths, size):
         if images is None:
             images, rows = _decode_folder(rows, len(index.test.labels), folder, paths, size, free,
                                           caches if keep else None)
+    images = images[rows]
     blocks = (images[i:i + CHUNK] for i in range(0, len(images), CHUNK))
-    coloured = any((block != block[..., :1]).any() for block in blocks)
-    images = images[rows] if coloured else np.ascontiguousarray(images[rows, ..., :1])
+    if not any((block != block[..., :1]).any() for block in blocks):
+        images = np.ascontiguousarray(images[..., :1])
     parts = iter(torch.from_numpy(images).permute(0, 3, 1, 2).split([len(each) for each in chosen]))
     return index.map(lambda split: _split(next(parts), split.labels))
 
@@ -448,7 +452,7 @@ def _decode_folder(rows, tests, folder, paths, size, free, caches):
     test images. caches: where all pictures of the folder are kept as they are, and fitted to size; None:
     only those of the rows are decoded."""
     shape, fit = read_image(paths[0]).shape[:2], False
-    if 3 * len(rows) * math.prod(shape) > free and size is not None and size * size < math.prod(shape):
+    if size is not None and size * size < math.prod(shape):
         shape, fit = (size, size), True
     while True:
         needed = 3 * len(rows) * math.prod(shape)

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import errno
 import json
 import math
 import os
@@ -59,6 +60,8 @@ def explain(error):
         return 1, f"stopped: another process has ended ({text})"
     if isinstance(error, OSError) and error.filename is not None:
         return 2, f"error: {error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return 1, f"stopped: its output cannot be written: {error.strerror}"
     raise error
 
 
@@ -200,6 +203,8 @@ def fits(value, accepts, low=-math.inf, high=math.inf):
 def load_checkpoint(path):
     """(model, content) of a checkpoint of train.py, on the CPU, in eval mode; content["settings"] is a
     Namespace of what NEEDED lists. Runs no code from the file. UsageError, CheckpointError."""
+    if Path(path).is_dir():
+        raise UsageError(f"{path}: is a folder; expected a checkpoint in it, such as {Path(path, 'best.pt')}")
     model, content = models.load(path)
 
     def require(holds, what):
@@ -226,11 +231,15 @@ def load_checkpoint(path):
     return model, content
 
 
-def prepare_data(s, test_only=False):
-    """The data.Dataset of settings (a Namespace), on the CPU. Raises DataError."""
-    return data.prepare(s.dataset, s.data_dir, size=s.size, classes=s.classes, train_size=s.train_size,
+def prepare_data(s, test_only=False, channels=None):
+    """The data.Dataset of settings (a Namespace), on the CPU; channels: of the network. Raises DataError."""
+    size = s.size * 8 // 7 if s.size and s.margin else s.size  # of a folder's pictures, as they are read
+    dataset = data.prepare(s.dataset, s.data_dir, size=size, classes=s.classes, train_size=s.train_size,
                         test_size=s.test_size, test_share=s.test_share, val_share=s.val_share, labels=s.labels,
                         variant=s.variant, constrain=s.constrain, blur=s.blur, seed=s.seed, test_only=test_only)
+    if channels == 3 and "image folder" in dataset.source:  # of a coloured folder all test pictures may be grey
+        dataset = dataset.map(lambda split: data.Split(split.images.expand(-1, 3, -1, -1), split.labels))
+    return dataset
 
 
 # ---------------------------------------------------------------- measures
@@ -579,10 +588,21 @@ def read_run(folder):
                     for row in csv.DictReader(file)]
         best_row(rows)["train_classifier"]
         config, metrics = (json.loads((folder / name).read_text()) for name in ("config.json", "metrics.json"))
-        return Run(folder.resolve(), dict(config["settings"]), rows, metrics)
+        if not finished(folder):
+            raise ValueError
+        return Run(folder.resolve(), config["settings"] | {"precision": config["precision"]}, rows, metrics)
     except (OSError, KeyError, ValueError, IndexError, TypeError) as error:
         raise UsageError(f"{folder}: not the folder of a finished run; expected config.json, log.csv and "
                          f"metrics.json ({getattr(error, 'strerror', None) or 'unreadable'})") from None
+
+
+def finished(folder):
+    """Whether a folder (or None) is that of a run whose last epoch is done: metrics.json is of all its epochs."""
+    try:
+        config, metrics = (json.loads((folder / name).read_text()) for name in ("config.json", "metrics.json"))
+        return metrics["epochs"] == config["settings"]["epochs"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def integer_axis(axis):
@@ -601,17 +621,20 @@ def draw_curves(rows, path, title):
     for axis, (name, key, unit) in zip(axes[0], panels):
         for part, style, colour in (("train", "-", "C0"), ("test", "--", "C1")):
             values = [row[f"{part}_{key}"] for row in rows]
-            axis.plot(epochs, values, style, color=colour, label=part,
-                      marker="o" if len(rows) - alone == 1 else None)
+            if not any(value is not None for value in values):
+                continue
+            single = sum(value is not None for value in values) == 1
+            axis.plot(epochs, values, style, color=colour, label=part, marker="o" if single else None)
         if key == "accuracy":
             best = best_row(rows)
             axis.plot(best["epoch"], best["test_accuracy"], "k^", markersize=6,
-                      label=f"best (on {chosen_on(rows)}): {best['test_accuracy']:.2f} %")
+                      label=f"test at the best epoch (on {chosen_on(rows)}): {best['test_accuracy']:.2f} %")
         if 0 < alone < len(rows):
             axis.axvline(alone + 0.5, color="0.5", linestyle=":", label="classifier from here")
             axis.set_xlim(0.5, len(rows) + 0.5)
         axis.set(title=name, xlabel="epoch", ylabel=unit)
         integer_axis(axis)
+        axis.ticklabel_format(axis="y", useOffset=False)
         axis.grid(alpha=0.3)
         axis.legend()
     figure.suptitle(title)
@@ -668,20 +691,23 @@ def collect(paths):
         if (path / "config.json").exists() or not inner:
             runs.append(read_run(path))
             continue
-        finished = [folder for folder in inner if (folder / "metrics.json").exists()]
-        for folder in sorted(set(inner) - set(finished)):
-            print(f"evaluate.py: {folder} is left out: it has not finished", file=sys.stderr)
-        runs += map(read_run, finished)
+        for folder in inner:
+            if finished(folder):
+                runs.append(read_run(folder))
+            else:
+                print(f"evaluate.py: {folder} is left out: it has not finished", file=sys.stderr)
     if not runs:
         raise UsageError(f"{' '.join(map(str, paths))}: no finished run there")
     return runs
 
 
 def kind_of(settings, *ignored):
-    """What runs have in common that differ by chance alone, as a text to compare; a setting that is off counts
-    as one that is missing, as in runs older than it."""
+    """What runs have in common that differ by chance alone, as a text to compare; a setting that is missing, as in
+    runs older than it, counts as its default."""
+    settings = {name: needed.default for name, needed in NEEDED.items()} | settings
     return json.dumps({key: value for key, value in settings.items()
-                       if value and key not in (*INCIDENTAL, *ignored)}, sort_keys=True)
+                       if value is not None and value is not False and key not in (*INCIDENTAL, *ignored)},
+                      sort_keys=True)
 
 
 def group_runs(runs):
@@ -763,15 +789,18 @@ def compare(paths, output, against=None):
             if all(None not in each.values() for each in values):
                 interval = difference_interval(*values)
         text = f"{interval[0]:+.2f} ± {interval[1]:.2f}{'' if interval[2] else ' (unpaired)'}" if interval else ""
+        if against and name in pairs and not interval:
+            text = "needs two runs of each"
         cells.append([name, str(len(group)), *(spread(group, *column) for _, *column in COLUMNS), text,
-                      verdict(interval) if interval else "", pairs.get(name, "") if interval else ""])
+                      verdict(interval) if interval else "", pairs.get(name, "") if text else ""])
     kept = [i for i in range(len(lines[0])) if any(row[i] for row in cells)]  # no empty columns
     lines = ["| " + " | ".join(row[i] for i in kept) + " |" for row in lines + cells]
     lines.insert(1, "|" + "---|" * len(kept))
     what = "accuracy, last (%)" if key.startswith("accuracy") else "PSNR (dB)"
     chosen = sorted({chosen_on(run.rows) for group in groups.values() for run in group.values()})
-    lines += ["", f"± after a result: standard deviation of n runs. difference: in {what}, runs of the same seed "
-              f"paired, ± half its 95 % t interval. best: the best epoch, chosen on {' or '.join(chosen)}."]
+    lines += ["", "±: standard deviation of the n runs of a row, which differ in their seed alone.",
+              f"difference: in {what}, runs of the same seed paired, ± half its 95 % t interval.",
+              f"best: the best epoch, chosen on {' or '.join(chosen)}."]
     print("\n".join(lines))
     output.mkdir(parents=True, exist_ok=True)
     write_whole(output / "comparison.md", lambda part: part.write_text("\n".join(lines) + "\n", encoding="utf-8"))
@@ -788,10 +817,12 @@ def draw_comparison(groups, path):
     curves = [term for term in losses.TERMS.values() if term.name in ("classifier", "autoencoder")
               and any(row.get(f"test_{term.name}") is not None for group in groups.values()
                       for run in group.values() for row in run.rows)] if len(groups) <= 6 else []
-    height = 1.2 + 0.3 * len(groups)
+    height = 1.5 + 0.3 * len(groups)
     figure = Figure(figsize=(11, height + 4.4 * bool(curves)), layout="constrained")
     ratios = [height, 4.4] if curves else [height]
     parts = figure.subfigures(len(ratios), 1, squeeze=False, height_ratios=ratios)[:, 0]
+    parts[0].suptitle("each run (dots), and the mean of the runs that differ in their seed with its 95 % interval",
+                      fontsize=10)
     for axis, (title, key) in zip(parts[0].subplots(1, len(panels), squeeze=False, sharey=True)[0], panels):
         for place, group in enumerate(groups.values()):
             values = [value for run in group.values() if (value := result_of(run, key)) is not None]
@@ -825,6 +856,11 @@ def draw_band(axis, group, key, name, colour, marker):
         axis.fill_between(epochs, curves.min(0), curves.max(0), color=colour, alpha=0.15, linewidth=0)
 
 
+# Settings on which the test images that a network sees depend.
+SHOWN = ("dataset", "size", "margin", "scale", "classes", "test_size", "test_share", "blur", "noise", "clean_test",
+         "seed")
+
+
 def draw_all(groups, path):
     """sheet.png: what each group's first run makes of the same test images, originals below; only where at
     most eight groups have trained decoders on one data set, and that is still there."""
@@ -833,14 +869,14 @@ def draw_all(groups, path):
         folder = next(iter(group.values())).folder
         if (folder / "last.pt").exists():
             loaded.append((name, *load_checkpoint(folder / "last.pt")))
-    views = {(content["settings"].dataset, *map(str, preparation(content["settings"]).values()),
-              tuple(model.version.in_shape)) for _, model, content in loaded}
+    views = {repr([getattr(content["settings"], name) for name in SHOWN]) for *_, content in loaded}
+    path.unlink(missing_ok=True)
     if len(views) != 1 or len(loaded) != len(groups) or len(loaded) > 8 or any(
             "decoder" not in content["trained"] for *_, content in loaded):
         return
     s = loaded[0][2]["settings"]
     try:
-        dataset = prepare_data(s, test_only=True)
+        dataset = prepare_data(s, True, loaded[0][1].version.in_shape[0])
     except data.DataError:
         return  # no longer there
     chosen, names = (each[:10] for each in first_of_each(dataset))
@@ -911,10 +947,8 @@ def load_test(model, content, device, with_train=False):
     """The checkpoint's Dataset (its test part, or both) on the device, checked against the network.
     Completes the settings. UsageError."""
     s = content["settings"]
-    dataset = match_classes(prepare_data(s, test_only=not with_train), content["classes"])
+    dataset = match_classes(prepare_data(s, not with_train, model.version.in_shape[0]), content["classes"])
     channels, height, width = model.version.in_shape
-    if "image folder" in dataset.source and channels == 3:  # its test pictures alone may all be grey
-        dataset = dataset.map(lambda split: data.Split(split.images.expand(-1, 3, -1, -1), split.labels))
     shape = dataset.test.images.shape[1:]
     if s.size is None and tuple(shape[1:]) != (height, width):
         s.size = height
@@ -971,14 +1005,14 @@ def report(model, content, dataset, folder, ks):
 
 def report_knn(model, dataset, s, ks):
     """kNN on the codes and on the raw pixels of the training images, printed side by side."""
-    results = {}
+    results, train = {}, dataset.labelled or dataset.train
     for name in ("codes", "pixels"):
-        start = seconds(dataset.train.images.device)
-        points, queries = ([encode(model, split, s) for split in (dataset.train, dataset.test)]
+        start = seconds(train.images.device)
+        points, queries = ([encode(model, split, s) for split in (train, dataset.test)]
                            if name == "codes" else
-                           [split.images.flatten(1) for split in (dataset.train, dataset.test)])
+                           [split.images.flatten(1) for split in (train, dataset.test)])
         encoding = seconds(points.device) - start
-        found = knn(points, dataset.train.labels, queries, dataset.test.labels, ks, len(dataset.classes), s.seed)
+        found = knn(points, train.labels, queries, dataset.test.labels, ks, len(dataset.classes), s.seed)
         results[name] = found | {"values": points.shape[1], "seconds_to_encode": encoding}
         print(f"kNN on {name:<7}{points.shape[1]:>6} values, k {found['k']:<4}{found['accuracy']:>8.2f} %"
               f"{found['seconds']:>9.2f} s" + f" (and {encoding:.1f} s to encode)" * (name == "codes"))
@@ -996,7 +1030,7 @@ def report_anomaly(model, content, device, name, folder):
         raise UsageError(f"--anomaly {name}: the checkpoint was trained with that class; train one without "
                          f"it: --classes {others}")
     s.classes = [*classes, name]
-    dataset = prepare_data(s, test_only=True).to(device)
+    dataset = prepare_data(s, True, model.version.in_shape[0]).to(device)
     unseen = dataset.test.labels == dataset.classes.index(name)
     if unseen.all() or not unseen.any():
         raise UsageError(f"--anomaly {name}: no test image of that class, or of no other; expected both")
@@ -1041,13 +1075,14 @@ def evaluate(args):
     device, s = pick_device(args.device), content["settings"]
     if s.precision != "fp32":
         s.precision = pick_precision("auto", device)
+    torch.backends.cudnn.allow_tf32 = s.precision != "fp32"
     if args.dataset:
         s.dataset, s.classes, s.test_size, s.train_size = args.dataset, None, None, None
         s.labels, s.val_share, s.variant = None, 0.0, "complete"
     if args.data_dir or not Path(s.data_dir).is_dir():
         s.data_dir = args.data_dir or "data"
-    if args.codes and (not Path(args.codes).parent.is_dir() or Path(args.codes).is_dir()):
-        raise UsageError(f"--codes {args.codes}: expected a file to write in a folder that exists")
+    if args.codes and (not Path(args.codes).parent.is_dir() or Path(args.codes).suffix != ".npz"):
+        raise UsageError(f"--codes {args.codes}: expected a file named .npz to write in a folder that exists")
     model = model.to(device)
     folder = Path(args.output or Path(args.ckpt).parent / f"evaluation-{Path(args.ckpt).stem}")
     if args.images:
@@ -1061,7 +1096,10 @@ def evaluate(args):
         result = report_anomaly(model, content, device, args.anomaly, folder)
     else:
         dataset = load_test(model, content, device, with_train=bool(args.knn or args.codes))
-        count = len(dataset.train.labels)
+        count = len((dataset.labelled or dataset.train).labels)
+        if args.knn and len(args.knn) > 1 and s.variant in ("oversampled", "smote"):
+            raise UsageError(f"--knn {','.join(map(str, args.knn))}: the training set has copies of its images, on "
+                             "which no k can be chosen; name one k")
         if args.knn and max(args.knn) > count * (1 if len(args.knn) == 1 else 0.9):
             raise UsageError(f"--knn {max(args.knn)}: more than the training images ({count:,})")
         folder.mkdir(parents=True, exist_ok=True)

@@ -339,7 +339,7 @@ def epoch_steps(dataset, s, epoch):
     rounds = math.ceil((len(bounds) + 1) * s.batch_size / len(dataset.labelled.labels))
     labelled = batches(dataset.labelled, s, stream(s.seed, epoch, "labelled"), rounds)
     labelled = itertools.islice(labelled, len(bounds))
-    if evaluate.rebuilds(s):
+    if any(weight and "images" in losses.TERMS[flag].needs for flag, weight in evaluate.loss_weights(s).items()):
         return len(bounds), zip(everything, labelled, orders)
     return len(bounds), ((batch, batch, order) for batch, order in zip(labelled, orders))
 
@@ -476,8 +476,8 @@ def train(model, dataset, s, folder, state=None):
 
 LOGGED = {  # what of each part's figures stands in a log
     "train": lambda: ["loss", *(term.name for term in losses.TERMS.values()), "accuracy"],
-    "test": lambda: ["loss", *(term.name for term in losses.TERMS.values() if term.name != "l2"), "accuracy", "mse",
-                     "mae", "psnr", "net_error"],
+    "test": lambda: ["loss", *(term.name for term in losses.TERMS.values() if term.name != "l2"), "accuracy",
+                     *(key for _, key, _ in evaluate.MEASURES)],
     "val": lambda: ["accuracy", "mse"]}
 
 
@@ -578,7 +578,7 @@ def summarise(rows, tested, model, dataset):
 
 def slug(text):
     """A notation or a value as a part of a file name: "C'(16)>C(16)" is "Cp16-C16"."""
-    text = re.sub(r"\((\d[\d.]*)\)", r"\1", text.replace("'", "p"))
+    text = re.sub(r"\((\d[\d.]*)\)", r"\1", text.replace("'", "p").replace("e+", "e"))
     return re.sub(r"[^A-Za-z0-9.-]+", "-", text).strip("-")
 
 
@@ -608,13 +608,14 @@ def run_name(s):
     """A run's folder: --name, or the version and whatever differs from its recipe: v4_beta0,
     v4_dataset-shapes, v4_no-decoder; a network of one's own is named by its notation."""
     usual = recipe(s.version)
+    seed = f"_seed{s.seed}" if s.seed != usual.pop("seed") else ""
     if s.name:
-        return "_".join([s.name, *([f"seed{s.seed}"] if s.seed != usual["seed"] else [])])
+        return s.name + seed
     parts = [s.version]
     if s.version == "custom":
         parts = [slug(notation) for notation in (s.encoder, s.classifier) if notation]
         usual = {key: value for key, value in usual.items() if key not in ("encoder", "classifier")}
-    return "_".join(parts + differences(s, usual))[:120]
+    return "_".join(parts + differences(s, usual))[:120 - len(seed)] + seed
 
 
 def make_folder(output, name, config):
@@ -653,11 +654,13 @@ def find_run(output, s):
     """The folder in `output` of the run with just these settings, else None."""
     def identity(settings):
         return evaluate.kind_of(DEFAULTS | settings), settings["seed"]
+    found = []
     for path in sorted(Path(output).glob("[!.]*/config.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            if identity(json.loads(path.read_text())["settings"]) == identity(vars(s)):
-                return path.parent
-    return None
+            settings = json.loads(path.read_text())["settings"]
+            if identity(settings) == identity(vars(s)) and (not s.name or settings.get("name") == s.name):
+                found.append(path.parent)
+    return next(filter(evaluate.finished, found), found[0] if found else None)
 
 
 @contextlib.contextmanager
@@ -748,6 +751,7 @@ def check_training(s, given):
                                                         s.variant != "complete"),
             ("jigsaw_grid", "--delta above 0", s.delta), ("class_weights", "--alpha above 0", s.alpha),
             ("labels", "--alpha above 0", s.alpha), ("momentum", "--optimizer sgd", s.optimizer == "sgd"),
+            ("labels", "--variant without copies of images", s.variant not in ("oversampled", "smote")),
             ("margin", "--size", s.size), ("clean_test", "--noise above 0", s.noise),
             ("flip", "images other than digits", not s.flip or s.dataset not in data.NEVER_FLIPPED)):
         if flag in given and not has:
@@ -784,8 +788,8 @@ def reopen(given, folder):
         known = {key: value for key, value in config["settings"].items() if key in DEFAULTS}
         s = Namespace(**recipe(known["version"]) | parse(as_flags(known)) | {"precision": config["precision"]})
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        raise UsageError(f"--resume {folder}: expected the folder of a run, with its config.json of this version of "
-                         "the program") from None
+        raise UsageError(f"--resume {folder}: expected the folder of a run, with a config.json of this "
+                         "version of the program") from None
     if s.separate and given.get("epochs", s.epochs) != s.epochs:
         raise UsageError(f"--epochs {given['epochs']}: would move the parts of a separate training")
     path, state, model = folder / "last.pt", None, None
@@ -795,7 +799,7 @@ def reopen(given, folder):
             raise UsageError(f"{path}: not a last.pt of train.py; expected what a run can resume from")
     done = len(state["rows"]) if state else 0
     given = {key: value for key, value in given.items() if key not in ACTS or key == "output"}
-    if "dataset" in given and given["dataset"] not in data.NAMES and Path(given["dataset"]).exists():
+    if given.get("dataset") not in (None, *data.NAMES, "shapes") and Path(given["dataset"]).exists():
         given["dataset"] = str(Path(given["dataset"]).resolve())
     for key, value in given.items():
         if key not in ("epochs", "device", "data_dir") and value != getattr(s, key, str(folder.parent)):
@@ -805,7 +809,7 @@ def reopen(given, folder):
     s.epochs = given.get("epochs", s.epochs)
     if s.epochs < done:
         raise UsageError(f"--epochs {s.epochs}: {done} epochs are done")
-    if s.epochs == done and (folder / "metrics.json").exists():
+    if s.epochs == done and evaluate.finished(folder):
         raise UsageError(f"--resume {folder}: its {done} epochs are done; --epochs N lengthens it")
     return s, state, model
 
@@ -850,12 +854,8 @@ def prepare(s, model=None):
     if device.type == "cuda":
         if processes > 1:
             device = torch.device("cuda", torch.cuda.current_device())
-        torch.backends.cudnn.allow_tf32 = s.precision != "fp32"
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the same command, the same bits
         torch.use_deterministic_algorithms(True, warn_only=True)
-    if s.batch_size < processes:
-        raise UsageError(f"--batch-size {s.batch_size}: expected at least one image for each of {processes} "
-                         "processes")
     with first_process_first():
         dataset = evaluate.prepare_data(s)
     channels, *sides = dataset.train.images.shape[1:]
@@ -868,11 +868,15 @@ def prepare(s, model=None):
         model = build(s, (channels, *sides), len(dataset.classes))
     bounds = data.batch_bounds(len(dataset.train.labels), s.batch_size, processes)
     smallest = min(stop - start for start, stop in bounds)
+    if smallest < processes:
+        raise UsageError(f"{len(dataset.train.labels)} training images in batches of {s.batch_size}: expected at "
+                         f"least one in each batch for each of {processes} processes")
     if smallest < 2 * processes and any(isinstance(layer, torch.nn.BatchNorm2d) for layer in model.modules()):
         raise UsageError(f"--batch-size {s.batch_size}: {s.version} has BatchNorm; expected at least 2 images for "
                          "each process in a batch, and in the training set")
     s.dataset, s.data_dir = s.dataset or dataset.name, str(Path(s.data_dir).resolve())
     s.precision = evaluate.pick_precision(s.precision, device)
+    torch.backends.cudnn.allow_tf32 = s.precision != "fp32"
     return dataset.to(device), model.to(device, memory_format=torch.channels_last)
 
 
@@ -908,7 +912,8 @@ def announce(s, dataset, model, folder):
     if s.separate:
         first = phases(s)[0].end
         print(f"epochs 1 to {first}: the autoencoder alone; {first + 1} to {s.epochs}: the classifier on its "
-              f"{'frozen ' * s.freeze_encoder}encoder")
+              f"{'frozen ' * s.freeze_encoder}encoder; in each part the learning rate decays every "
+              f"{phases(s)[0].lr_step} epochs")
     processes = evaluate.process()[1]
     print(f"on {dataset.train.images.device} in {s.precision}" + f", {processes} processes" * (processes > 1)
           + f", into {folder}\n", flush=True)
@@ -943,6 +948,7 @@ def keep_config(requested, s, dataset, model, folder, output, command):
     before = run_name(Namespace(**settings | {"epochs": first["settings"]["epochs"]}))
     renamed = folder.with_name(run_name(Namespace(**settings)))
     if folder.name == before != renamed.name and not renamed.exists():  # lengthened: another number of epochs
+        print(f"{folder} is now {renamed}")
         folder = folder.rename(renamed)
     return folder
 
@@ -1002,7 +1008,8 @@ def execute(given, command, output_file=None):
             if new:
                 stack.enter_context(locked(folder))
                 if output_file:
-                    os.replace(output_file, folder / "output.txt")
+                    with contextlib.suppress(PermissionError):  # Windows does not move open files
+                        os.replace(output_file, folder / "output.txt")
         try:
             announce(s, dataset, model, folder)
             rows, tested = train(model, dataset, s, folder, state)
@@ -1010,7 +1017,10 @@ def execute(given, command, output_file=None):
                 finish(rows, tested, model, dataset, s, folder)
         except BaseException as error:
             resume = "" if isinstance(error, Stopped) else f"; resume with: python train.py --resume {folder}"
-            error.advice = f"; its whole epochs are in {folder}{resume}" if not rank else ""
+            kept = "; its whole epochs are" if not rank and (folder / "last.pt").exists() else "; no epoch is done,"
+            error.advice = f"{kept} in {folder}{resume}" if not rank else ""
+            if isinstance(error, BrokenPipeError) and not rank:  # of which nothing else is printed
+                print(f"train.py: stopped: its output has no reader{error.advice}", file=sys.stderr)
             raise
     return Result(model.eval(), rows, folder)
 
@@ -1025,6 +1035,8 @@ def run(**settings):
     for key in settings:
         if key == "help" or key in ACTS - {"output", "resume"}:
             raise UsageError(f"{key}: not a setting of one run; expected {' '.join(DEFAULTS)} output resume")
+    if "decoder" in settings and settings["decoder"] is None:
+        settings["decoder"] = "none"  # as for models.build
     flags = as_flags(settings)
     return execute(parse(flags), ["python", "train.py", *flags])
 
@@ -1044,6 +1056,9 @@ def plan(given):
             if flag in given:
                 raise UsageError(f"--{flag}: has no effect with --sweep, which names its own networks")
         runs, against, _ = SWEEPS[sweep]
+        for flag in common:
+            if len({repr(run.get(flag)) for run in runs}) > 1:
+                raise UsageError(f"--{flag.replace('_', '-')}: the sweep {sweep} varies it itself; leave it out")
         common.setdefault("dataset", RECIPES[runs[0]["version"]].get("dataset", "cifar10"))
         s = settle(runs[0] | common)
         parts = differences(s, {key: value for key, value in DEFAULTS.items() if key in common and key != "seed"})
@@ -1056,7 +1071,8 @@ MEMORY = 2 * 2**30  # bytes that a run may take
 
 
 def jobs_and_threads(given, runs):
-    """(runs at once, CPU threads of each). Small networks use several threads badly; networks of large
+    """(runs at once, CPU threads of each) for these settings, of which some may be finished: a run's threads,
+    and so its bits, do not depend on that. Small networks use several threads badly; networks of large
     batches well."""
     cores, free = torch.get_num_threads(), data.free_memory()
     jobs = given.get("jobs")
@@ -1067,9 +1083,10 @@ def jobs_and_threads(given, runs):
         elif max(s.batch_size for s in runs) >= 500:
             jobs = 1
         else:
-            jobs = int(min(cores, max(1, free / MEMORY)))
+            jobs = cores
     jobs = min(jobs, len(runs))
-    return jobs, max(1, cores // max(1, jobs))
+    at_once = jobs if "jobs" in given else int(max(1, min(jobs, free / MEMORY)))
+    return at_once, max(1, cores // jobs)
 
 
 def child(given, threads, output_file):
@@ -1082,6 +1099,9 @@ def child(given, threads, output_file):
         execute(given, ["python", "train.py", *as_flags(given)], output_file)
 
 
+NUMBERS = itertools.count()  # of the files in which children that have no folder yet write
+
+
 def start_child(context, given, s, output, threads):
     """(a running process, the file of its output)."""
     folder = find_run(output, s)
@@ -1089,7 +1109,8 @@ def start_child(context, given, s, output, threads):
         given = {key: given[key] for key in ("device", "data_dir") if key in given} | {"resume": str(folder)}
     else:
         given = given | {"output": str(output)}
-    file = folder / "output.txt" if folder else output / f".output-{os.getpid()}-{run_name(s)}.txt"
+    file = folder / "output.txt" if folder else output / f".output-{os.getpid()}-{next(NUMBERS)}.txt"
+    file.touch()
     process = context.Process(target=child, args=(given, threads, file))
     process.start()
     return process, file
@@ -1113,10 +1134,10 @@ def epochs_done(output, s):
 def run_all(todo, output, jobs, threads):
     """Trains runs (pairs of flags and settings), `jobs` at once, each in a process of its own; prints a
     line as each ends. Returns the names of those that failed."""
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    if "forkserver" in methods:
-        context.set_forkserver_preload(["__main__", "train"])  # the imports are done once
+    linux = sys.platform == "linux"
+    context = multiprocessing.get_context("forkserver" if linux else "spawn")
+    if linux:  # the imports are done once
+        context.set_forkserver_preload(["__main__", "torchvision.transforms.v2", "matplotlib.figure"])
     gpus = torch.cuda.device_count() if todo[0][1].device in ("auto", "cuda") else 0
     free, waiting, running, failed, begun = list(range(jobs)), list(todo), {}, [], time.time()
     try:
@@ -1138,7 +1159,7 @@ def run_all(todo, output, jobs, threads):
                 if process.exitcode == 0:
                     print(summary(folder, (time.time() - start) / 60), flush=True)
                     continue
-                file = file if file.exists() else folder / "output.txt"
+                file = folder / "output.txt" if folder and not file.exists() else file
                 lines = file.read_text().split("\n")
                 failed.append(run_name(s))
                 last = next((line for line in reversed(lines) if line), "it printed nothing")
@@ -1164,6 +1185,11 @@ def show_state(todo, waiting, running, output, begun):
     print(f"\r\x1b[K{line[:shutil.get_terminal_size().columns - 1]}", end="", flush=True)
 
 
+def unfinished(pairs, output):
+    """Those runs (pairs of flags and settings) that are not finished in `output`."""
+    return [(each, s) for each, s in pairs if not evaluate.finished(find_run(output, s))]
+
+
 def train_many(given, command):
     """What --sweep, --seeds, --jobs and --list ask for. Returns the exit status."""
     runs, output, against = plan(given)
@@ -1175,37 +1201,36 @@ def train_many(given, command):
         each.setdefault("dataset", recipe(each.get("version", "v4"))["dataset"])  # no substitute among many
     pairs = [(each, settle(each)) for each in runs]
     rank, processes = evaluate.process()
-    state = {True: [], False: []}
-    for pair in pairs:
-        folder = find_run(output, pair[1])
-        state[bool(folder and (folder / "metrics.json").exists())].append(pair)
-    if state[True] and not rank:
-        print(f"{len(state[True])} of {len(pairs)} runs are finished already, in {output}")
-    failed = []
+    todo, failed = unfinished(pairs, output), []
+    if len(todo) < len(pairs) and not rank:
+        print(f"{len(pairs) - len(todo)} of {len(pairs)} runs are finished already, in {output}")
     if processes > 1 or len(pairs) == 1:
-        for each, s in state[False]:
+        for each, s in todo:
             if processes > 1:
                 dist.barrier()  # all have looked before the first one writes
             folder = find_run(output, s)
             execute({"resume": str(folder)} if folder else each | {"output": str(output)}, command)
-    elif state[False]:
-        jobs, threads = jobs_and_threads(given, [s for _, s in state[False]])
-        print(f"{len(state[False])} runs, {jobs} at once with {threads} thread{'s' * (threads > 1)} each, into "
-              f"{output}", flush=True)
-        evaluate.prepare_data(state[False][0][1])  # one that is unavailable is an error now, not of each run
+    elif todo:
+        jobs, threads = jobs_and_threads(given, [s for _, s in pairs])
+        evaluate.prepare_data(todo[0][1])  # one that is unavailable is an error now, not of each run
+        print(f"{len(todo)} runs, {jobs} at once with {threads} thread{'s' * (threads > 1)} each, into {output}",
+              flush=True)
         output.mkdir(parents=True, exist_ok=True)
         with locked(output):
-            failed = run_all(state[False], output, jobs, threads)
+            failed = run_all(unfinished(pairs, output), output, jobs, threads)
     if rank or len(pairs) == 1:
         return 0
     if failed:
         print(f"train.py: {len(failed)} of {len(pairs)} runs failed: {' '.join(failed)}; the same command tries "
               "them again", file=sys.stderr)
-    finished = [folder for _, s in pairs if (folder := find_run(output, s)) and (folder / "metrics.json").exists()]
+    finished = [folder for _, s in pairs if evaluate.finished(folder := find_run(output, s))]
     if len(finished) > 1:
         print()
         where = output / "comparison" if given.get("sweep") else output / f"comparison-{run_name(pairs[0][1])}"
-        evaluate.compare(finished, where, against)
+        try:
+            evaluate.compare(finished, where, against)
+        except UsageError:  # runs that it pairs have failed
+            evaluate.compare(finished, where)
         print(f"saved in {where}")
     return 1 if failed else 0
 
@@ -1240,8 +1265,8 @@ def make_parser(version="v4"):
     parser.error = evaluate.fail
     usual = recipe(version)
     for title, rows in (SETTINGS | ACTIONS).items():
-        group = parser.add_argument_group(title, "alpha * cross entropy + beta * reconstruction error + gamma * L2 + "
-                                          "delta * jigsaw error + kl * KL divergence" if title == "loss" else None)
+        formula = " + ".join(f"{flag} * {term.name}" for flag, term in losses.TERMS.items())
+        group = parser.add_argument_group(title, formula if title == "loss" else None)
         for name, default, accepts, metavar, text in rows:
             value, flag = usual.get(name, default), f"--{name.replace('_', '-')}"
             if isinstance(value, list):

@@ -63,7 +63,7 @@ def backward(loss):
         given = node(*received)
         for (following, place), gradient in zip(node.next_functions, given if type(given) is tuple else (given,)):
             if following and gradient is not None:
-                gradient = gradient.sum_to_size(following._input_metadata[place].shape)  # of a value that was expanded
+                gradient = gradient.sum_to_size(following._input_metadata[place].shape)  # where it was expanded
                 before = gradients[following].get(place)
                 gradients[following][place] = gradient if before is None else before + gradient
     for node in found:
@@ -216,8 +216,8 @@ def test_an_epoch_with_every_flag_stays_on_the_device(changes):
 def test_every_setting_of_the_loop_is_tried():
     """A setting that is new in the table belongs in FLAGS, or among those that the loop does not see."""
     elsewhere = {"version", "encoder", "classifier", "decoder", "pretrained", "first_share", "first_decay",
-                 "jigsaw_grid", "lr", "momentum", "weight_decay", "lr_step", "lr_decay", "batch_size", "clean_test", "kl",
-                 *(row.name for row in train.SETTINGS["run"])}
+                 "jigsaw_grid", "lr", "momentum", "weight_decay", "lr_step", "lr_decay", "batch_size", "clean_test",
+                 "kl", *(row.name for row in train.SETTINGS["run"])}
     of_data = {"dataset", "data_dir", "classes", "train_size", "test_size", "test_share", "val_share", "variant",
                "constrain", "blur"}
     assert set(train.DEFAULTS) == elsewhere | of_data | {key for changes in FLAGS.values() for key in changes}
@@ -285,7 +285,7 @@ def images(*shape):
     (lambda: data.to_pixels(images(5, 3, 8, 8)), (5, 3, 8, 8)),
     (lambda: data.rotate(images(5, 3, 8, 9), images(5)), (5, 3, 8, 9)),
     (lambda: data.add_noise(images(5, 3, 8, 9), 0.1, torch.Generator(CUDA)), (5, 3, 8, 9)),
-    (lambda: losses.jumble(images(5, 3, 8, 12), 4, torch.empty(5, 16, dtype=torch.int64, device=CUDA)), (5, 3, 8, 12)),
+    (lambda: losses.jumble(images(5, 3, 8, 12), 4, images(5, 16).long()), (5, 3, 8, 12)),
     (lambda: losses.class_counts(split_of(5, (1, 1, 1)).labels, 10), (10,)),
     (lambda: losses.balanced_weights(split_of(5, (1, 1, 1)).labels, 10), (10,)),
     (lambda: losses.confusion_matrix(*[split_of(5, (1, 1, 1)).labels] * 2, 10), (10, 10)),
@@ -330,6 +330,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch, capsys):
 def test_runs_at_once_are_as_many_as_gpus(device, gpus, jobs, expected, monkeypatch):
     monkeypatch.setattr(evaluate, "pick_device", lambda name: torch.device("cuda" if name == "auto" else name))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(data, "free_memory", lambda: math.inf)
     given = {"device": device} | ({"jobs": jobs} if jobs else {})
     assert train.jobs_and_threads(given, [settings()] * 12)[0] == expected
 

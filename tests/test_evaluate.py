@@ -548,14 +548,15 @@ def write_run(folder, accuracy=None, psnr=20.0, epochs=2, **changes):
     """The folder of a finished run, as small as evaluate.py reads it."""
     folder.mkdir(parents=True)
     chosen = {"seed": 0, "name": None, "device": "auto", "data_dir": "data"} | train.recipe("v3") | changes
-    (folder / "config.json").write_text(json.dumps({"settings": chosen}))
+    chosen["epochs"] = epochs
+    (folder / "config.json").write_text(json.dumps({"settings": chosen, "precision": "fp32"}))
     with open(folder / "log.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, ["epoch", *COLUMNS, "test_mse", "val_accuracy", "val_mse"])
         writer.writeheader()
         for epoch in range(1, epochs + 1):
             row = {"epoch": epoch, "test_accuracy": accuracy, "test_mse": 0.01}
             writer.writerow(dict.fromkeys(COLUMNS, 1 / epoch) | row)
-    metrics = {"reconstruction": {"mse": 0.01, "psnr": psnr} if psnr else None, "code": 256, "parameters": 1234,
+    metrics = {"epochs": epochs, "reconstruction": {"mse": 0.01, "psnr": psnr} if psnr else None, "code": 256, "parameters": 1234,
                "megabytes": 0.005, "seconds_per_epoch": 1.0}
     if accuracy is not None:
         metrics["accuracy"] = {"last": accuracy, "best": accuracy + 1}

@@ -4,7 +4,6 @@ import csv
 import itertools
 import json
 import math
-import os
 import re
 import shlex
 import shutil
@@ -202,10 +201,10 @@ def test_the_command_gives_the_same_bits_in_another_process_and_repository(tiny,
         shutil.copy(ROOT / f"{name}.py", code)
     if shutil.which("git"):
         subprocess.run(["git", "init", "-q", code], check=True)
-    done = python(code / "train.py", "--dataset", tiny, "--epochs", "2", "--device", "cpu", "--output", ".",
-                  folder=runs)
+    done = python(code / "train.py", "--dataset", tiny, "--epochs", "2", "--device", "cpu", "--labels", "20",
+                  "--output", ".", folder=runs)
     assert done.status == 0, done.err
-    one, two = runs / "v4_dataset-tiny_epochs2", run(tiny, runs)
+    one, two = runs / "v4_dataset-tiny_labels20_epochs2", run(tiny, runs, "--labels", "20")
     assert two.name == one.name + "_run2" and config_of(one)["machine"] == config_of(two)["machine"]
     assert_equal(weights(one), weights(two))
     assert config_of(one)["git"] is None
@@ -308,9 +307,10 @@ def test_the_mnist_study_trains_its_autoencoder_for_two_thirds_of_the_epochs():
 
 
 def test_both_halves_are_in_the_log(tiny, tmp_path):
-    folder = run(tiny, tmp_path, "--version", "v3", "--separate", "--epochs", "4")
+    folder = run(tiny, tmp_path, "--version", "v3", "--separate", "--epochs", "4", "--lr-step", "2")
     rows = log(folder)
     assert [row["train_autoencoder"] != "" for row in rows] == [True, True, False, False]
+    assert [float(row["lr"]) for row in rows] == pytest.approx([0.01, 0.001] * 2)
     assert [row["test_accuracy"] != "" for row in rows] == [False, False, True, True]
     mse = [row["test_mse"] for row in rows]
     assert mse[0] != mse[1] == mse[2] == mse[3]  # measured to the end; frozen, so it stays
@@ -365,7 +365,7 @@ def test_class_weights_make_small_classes_count(steps):
 def test_a_run_with_everything_leaves_its_pictures_and_repeats_itself(tiny, tmp_path, capsys, pictures):
     flags = ["--variant", "smote", "--constrain", "circle=0.5,star=0.5", "--blur", "0.5", "--noise", "0.05",
              "--delta", "0.5", "--skip", "--class-weights", "balanced", "--val-share", "0.2", "--batch-size", "8",
-             "--labels", "30", "--rotate", "5"]
+             "--rotate", "5"]
     first = run(tiny, tmp_path, *flags)
     assert "best (on val)" in capsys.readouterr().out
     with pytest.MonkeyPatch.context() as patch:
@@ -503,6 +503,14 @@ def test_few_labels_with_the_jigsaw_noise_and_class_weights(steps):
     assert means["loss"] == pytest.approx(means["classifier"] + means["autoencoder"] + 0.5 * means["jigsaw"])
 
 
+def test_few_labels_without_a_decoder_leave_the_kl_divergence_of_all_images(steps):
+    dataset, s = shapes(40, labelled=5), settings(labels=5, beta=0.0, kl=0.1, batch_size=20, flip=False)
+    epoch(models.build("vae", (3, 32, 32), classifier="L'(10)"), dataset, s)
+    seen = torch.cat([tensors["images"] for tensors, _ in steps])
+    assert {len(tensors["mean"]) for tensors, _ in steps} == {20} and len(torch.unique(seen, dim=0)) == 40
+    assert set().union(*(tensors["labels"].tolist() for tensors, _ in steps)) <= set(dataset.labelled.labels.tolist())
+
+
 @pytest.mark.parametrize("beta", [1.0, 0.0])
 def test_the_labelled_batches_of_two_processes_are_those_of_one(beta, monkeypatch):
     """Whatever the number of labels, although a last batch is joined to the one before it in two earlier."""
@@ -620,7 +628,7 @@ def test_a_recipe_comes_back_from_its_flags(version):
 
 
 @pytest.mark.parametrize("given", [
-    {"lr": 1e-30}, {"lr": 0.1 + 0.2}, {"first_share": 2 / 3}, {"seed": 2**31}, {"scale": "-1..1"}, {"name": "a.b_c-1"},
+    {"lr": 1e-30}, {"lr": 0.1 + 0.2}, {"first_share": 2 / 3}, {"seed": 2**31}, {"scale": "-1..1"}, {"name": "a.b"},
     {"classes": ["-a", "b"]}, {"constrain": {"bird": 0.58333339}}, {"constrain": {"a=b": 0.5}}, {"decoder": "none"},
     {"encoder": "C'(8)>D(0.3)>L(4)"}, {"flip": False}, {"pretrained": False}, {"test_share": 1 / 3}], ids=str)
 def test_settings_come_back_from_their_flags(given):
@@ -663,6 +671,20 @@ def test_a_run_folder_has_everything_and_agrees_with_itself(tiny, tmp_path, caps
     out = capsys.readouterr().out
     assert f"next: python evaluate.py --ckpt {folder / 'best.pt'}" in out
     assert "best (on test)" in out and "\r" not in out  # no progress line outside a terminal
+
+
+def test_best_pt_is_of_the_best_epoch_and_last_pt_of_the_last(tiny, tmp_path, monkeypatch):
+    """The accuracies are given here: the second epoch's is the best one, and the resumed run's never."""
+    accuracies, measure = iter([30.0, 50.0, 40.0, 45.0]), evaluate.measure
+    monkeypatch.setattr(evaluate, "measure", lambda *args: measure(*args) | {"accuracy": next(accuracies)})
+    folder = run(tiny, tmp_path, "--version", "v3", "--epochs", "3")
+    assert train.main(["--resume", str(folder), "--epochs", "4"]) == 0
+    folder, = tmp_path.iterdir()
+    best, last = (torch.load(folder / name, weights_only=True) for name in ("best.pt", "last.pt"))
+    assert (best["epoch"], last["epoch"]) == (2, 4) and not torch.equal(
+        best["model"]["encoder.0.weight"], last["model"]["encoder.0.weight"])
+    accuracy = json.loads((folder / "metrics.json").read_text())["accuracy"]
+    assert (accuracy["last"], accuracy["best"], accuracy["best_epoch"]) == (45, 50, 2)
 
 
 def test_a_run_never_overwrites_another(tiny, tmp_path):
@@ -708,7 +730,8 @@ def test_an_encoder_alone_gets_the_recipe_of_custom(tiny, tmp_path):
     assert s.classifier is None and not evaluate.classifies(s)
     s = train.settle(train.parse(["--encoder", CUSTOM, "--no-decoder"]))
     assert (s.decoder, s.beta) == ("none", 0.0)
-    folder = run(tiny, tmp_path, "--encoder", "C(4)>C(4)", "--decoder", "T(8)>T(3)", "--name", "mine", "--epochs", "1")
+    folder = run(tiny, tmp_path, "--encoder", "C(4)>C(4)", "--decoder", "T(8)>T(3)", "--name", "mine", "--epochs",
+                 "1")
     model, content = evaluate.load_checkpoint(folder / "best.pt")
     assert folder.name == "mine" and content["settings"].version == "custom"
     assert (model.version.encoder, model.version.decoder) == ("C(4)>C(4)", "T(8)>T(3)")
@@ -722,6 +745,7 @@ def test_an_encoder_alone_gets_the_recipe_of_custom(tiny, tmp_path):
     (["--encoder", CUSTOM, "--alpha", "0", "--classifier", "L'(10)"], "is not trained with alpha 0"),
     (["--encoder", CUSTOM, "--no-decoder", "--beta", "1"], "--beta 1: custom has no decoder here"),
     (["--version", "cnn", "--labels", "5"], "--labels: has no effect"),
+    (["--variant", "smote", "--labels", "5"], "--labels: has no effect"),
     (["--version", "v3", "--kl", "1"], "needs an encoder that ends in N(n)")])
 def test_networks_and_settings_that_contradict_each_other_are_refused(flags, message, capsys):
     assert fails(*flags) == 2
@@ -739,16 +763,28 @@ def test_a_name_that_is_no_folder_name_is_refused(name, tiny, tmp_path, capsys):
 
 def test_a_run_that_explodes_ends_with_status_1_and_saves_nothing(tiny, tmp_path, capsys):
     for version in ("v3", "v4"):
-        assert fails("--version", version, "--dataset", tiny, "--lr", "1e30", "--output", tmp_path, "--device", "cpu") == 1
+        assert fails("--version", version, "--dataset", tiny, "--lr", "1e30", "--output", tmp_path) == 1
         error = capsys.readouterr().err
         assert re.search(r"stopped: epoch 1(, step \d)?: .* (is|are) (nan|inf|not finite).*--lr", error)
         assert error.count("\n") == 1 and "resume" not in error
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pt", ".csv")]
 
 
-@pytest.mark.parametrize("beta, value", [("1", math.inf), ("1", math.nan), ("0", 1e38)])
-def test_an_explosion_in_the_last_step_of_an_epoch_keeps_the_last_good_epoch(beta, value, tiny, tmp_path, capsys,
-                                                                             monkeypatch):
+def last_weight(model):
+    return model.classifier[-1].weight
+
+
+def running_variance(model):
+    """One of BatchNorm's, with which all losses are finite: what it divides becomes 0."""
+    return next(module.running_var for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d))
+
+
+@pytest.mark.parametrize("flags, find, value", [
+    (["--version", "v3"], last_weight, math.inf), (["--version", "v3"], last_weight, math.nan),
+    (["--version", "v3", "--beta", "0"], last_weight, 1e38),
+    (["--version", "mobilenet", "--no-pretrained", "--size", "32"], running_variance, math.inf)])
+def test_an_explosion_in_the_last_step_of_an_epoch_keeps_the_last_good_epoch(flags, find, value, tiny, tmp_path,
+                                                                             capsys, monkeypatch):
     """No loss of the epoch tells it: each is computed before the step."""
     make_optimizer, steps = train.make_optimizer, itertools.count(1)
 
@@ -759,12 +795,11 @@ def test_an_explosion_in_the_last_step_of_an_epoch_keeps_the_last_good_epoch(bet
         def explode():
             step()
             if next(steps) == 4:  # of two epochs of two steps
-                model.classifier[-1].weight.data.fill_(value)
+                find(model).data.fill_(value)
         optimizer.step = explode
         return optimizer
     monkeypatch.setattr(train, "make_optimizer", exploding)
-    argv = ["--version", "v3", "--dataset", tiny, "--epochs", "3", "--beta", beta, "--output", tmp_path]
-    assert fails(*argv) == 1
+    assert fails(*flags, "--dataset", tiny, "--epochs", "3", "--output", tmp_path) == 1
     error = capsys.readouterr().err
     assert "stopped: epoch 2: " in error and "its whole epochs are in" in error and error.count("\n") == 1
     folder, = tmp_path.iterdir()
@@ -796,6 +831,31 @@ def test_lengthening_a_run_renames_its_folder_and_its_curves(tiny, tmp_path, dra
     assert train.main(["--resume", str(named), "--epochs", "3"]) == 0 and len(log(named)) == 3
 
 
+def interrupted(monkeypatch, at):
+    """train_epoch that Ctrl-C ends in its call number `at` (from 0)."""
+    calls, train_epoch = itertools.count(), train.train_epoch
+
+    def call(*args, **kwargs):
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        return train_epoch(*args, **kwargs)
+    monkeypatch.setattr(train, "train_epoch", call)
+
+
+def test_a_run_whose_lengthening_was_interrupted_is_not_finished(tiny, tmp_path, monkeypatch):
+    """Although it has the metrics.json of its first epochs."""
+    folder = run(tiny, tmp_path, "--version", "v3")
+    assert evaluate.finished(folder)
+    with monkeypatch.context() as patch:
+        interrupted(patch, 0)
+        assert fails("--resume", folder, "--epochs", "3") == 130
+    s = train.settle(train.parse(["--version", "v3", "--dataset", tiny, "--epochs", "3"]))
+    folder = train.find_run(tmp_path, s)
+    assert (folder / "metrics.json").exists() and not evaluate.finished(folder)
+    assert train.main(["--resume", str(folder)]) == 0
+    assert evaluate.finished(folder) and len(log(folder)) == 3
+
+
 @pytest.mark.parametrize("what, change", [
     ("classes", lambda arrays: arrays | {"classes": arrays["classes"][::-1]}),
     ("images", lambda arrays: arrays | {key: arrays[key][:-1] for key in ("x_train", "y_train")}),
@@ -821,6 +881,17 @@ def test_a_run_that_is_not_done_is_not_repeated_and_not_shortened(tiny, tmp_path
         assert fails("--resume", folder, *flags) == 2
         assert message in capsys.readouterr().err
     assert train.main(["--resume", str(folder), "--epochs", "3", "--lr", "0.02", "--output", str(tmp_path)]) == 0
+
+
+def test_a_folder_named_shapes_does_not_hide_the_set(tmp_path, monkeypatch):
+    """Neither in a new run nor in one that resumes; ./shapes is the folder."""
+    s = train.settle(train.parse(["--version", "v3", "--dataset", "shapes"]))
+    folder = train.make_folder(tmp_path, "v3", {"settings": vars(s), "precision": "fp32"})
+    (tmp_path / "shapes").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert train.settle(train.parse(["--dataset", "shapes"])).dataset == "shapes"
+    assert train.settle(train.parse(["--dataset", "./shapes"])).dataset == str(tmp_path / "shapes")
+    assert train.reopen({"resume": str(folder), "dataset": "shapes"}, folder)[0].dataset == "shapes"
 
 
 def test_settings_unknown_to_an_old_run_take_their_default(tiny, tmp_path):
@@ -871,21 +942,28 @@ def test_find_run_needs_every_setting_equal(tmp_path, monkeypatch):
     long = "C'(8)>" * 40 + "C'(8)"
     commands = [["--dataset", "a/set.npz"], ["--dataset", "b/set.npz"], ["--dataset", "a/set.npz", "--seed", "1"],
                 ["--dataset", "a/set.npz", "--seed", "2"], ["--dataset", "a/set.npz", "--lr", "0.02"],
-                ["--encoder", long, "--seed", "1"], ["--encoder", long, "--seed", "2"],
-                ["--encoder", long + ">C(8)"], ["--version", "v3", "--labels", "5"], ["--version", "v3"]]
+                ["--encoder", long, "--seed", "1"], ["--encoder", long], ["--encoder", long + ">C(8)"],
+                ["--version", "v3", "--labels", "5"], ["--version", "v3"]]
     commands = [command if "--dataset" in command else [*command, "--dataset", "shapes"] for command in commands]
     folders = []
     for command in commands:
         s = train.settle(train.parse(command))
         assert train.find_run(tmp_path / "out", s) is None
         folders.append(train.make_folder(tmp_path / "out", train.run_name(s), {"settings": vars(s)}))
-        assert len(train.run_name(s)) <= 120
     assert len(set(folders)) == len(commands)
     assert (folders[0].name, folders[1].name) == ("v4_dataset-set", "v4_dataset-set_run2")
-    assert folders[6].name == folders[5].name + "_run2" and len(folders[5].name) == 120
+    assert len(folders[6].name) == len(folders[5].name) == 120
+    assert (folders[5].name, folders[7].name) == (f"{folders[6].name[:-6]}_seed1", f"{folders[6].name}_run2")
     for command, folder in zip(commands, folders):
-        s = train.settle(train.parse([*command, "--device", "cpu", "--data-dir", "elsewhere", "--name", "other"]))
+        s = train.settle(train.parse([*command, "--device", "cpu", "--data-dir", "elsewhere"]))
         assert train.find_run("out", s).resolve() == folder
+        s.name = "other"
+        assert train.find_run("out", s) is None
+    s = train.settle(train.parse(["--version", "v2", "--dataset", "shapes", "--name", "mine"]))
+    named = train.make_folder("out", train.run_name(s), {"settings": vars(s)})
+    assert train.find_run("out", s) == named
+    s.name = None
+    assert train.find_run("out", s) == named
     (folders[-1] / "config.json").write_text("{")  # damaged
     assert train.find_run("out", train.settle(train.parse(commands[-1]))) is None
 
@@ -916,11 +994,16 @@ def test_run_from_python_is_the_command(tiny, tmp_path):
     assert result.folder.name == command.name and len(result.rows) == 2 and not result.model.training
     assert_equal(result.model.state_dict(), weights(command))
     assert config_of(result.folder)["settings"] == config_of(command)["settings"]
+    longer = train.run(resume=result.folder, epochs=3)
+    assert len(longer.rows) == 3 and longer.rows[:2] == result.rows and longer.folder.is_dir()
+    without = train.run(version="v3", dataset=tiny, epochs=1, decoder=None, output=str(tmp_path), device="cpu")
+    assert without.model.decoder is None and without.folder.name == "v3_no-decoder_dataset-tiny_epochs1"
 
 
 @pytest.mark.parametrize("settings, message", [
     ({"version": "v44"}, "no version 'v44'"), ({"lr": -1.0}, "--lr"), ({"batch": 3}, "batch"),
-    ({"alpha": 0.0, "beta": 0.0}, "nothing to train on"), ({"name": "a/b"}, "--name"), ({"dataset": "nowhere"}, "no data set 'nowhere'"),
+    ({"alpha": 0.0, "beta": 0.0}, "nothing to train on"), ({"name": "a/b"}, "--name"),
+    ({"dataset": "nowhere"}, "no data set 'nowhere'"),
     ({"seeds": 2}, "seeds"), ({"sweep": "kind"}, "sweep"), ({"jobs": 2}, "jobs")], ids=str)
 def test_run_from_python_raises_valueerror(settings, message, tiny, tmp_path):
     """Of one run alone: many runs are the command's."""
@@ -943,7 +1026,7 @@ def settled(given):
 @pytest.mark.parametrize("words", [
     *(["--sweep", name] for name in train.SWEEPS), ["--seeds", "3", "--version", "vae"], ["--seeds", "2"],
     ["--sweep", "latent", "--seeds", "2", "--seed", "5", "--dataset", "shapes", "--epochs", "3", "--classes=-a,b"],
-    ["--sweep", "help", "--lr", "0.3", "--constrain", "bird=0.5", "--variant", "smote", "--no-flip", "--device", "cpu"],
+    ["--sweep", "help", "--lr", "0.3", "--constrain", "bird=0.5", "--variant", "smote", "--no-flip"],
     ["--seeds", "2", "--version", "joint5", "--data-dir", "elsewhere", "--output", "a b", "--name", "both"]],
     ids=" ".join)
 def test_the_listed_commands_are_the_runs(words, capsys):
@@ -976,7 +1059,8 @@ def test_a_sweep_of_seeds_is_named_and_numbered():
     (["--jobs", "2"], "--jobs: has no effect on one run"), (["--list"], "--list: has no effect on one run"),
     (["--sweep", "kind", "--version", "v3"], "--version: has no effect with --sweep"),
     (["--sweep", "kind", "--encoder", CUSTOM], "--encoder: has no effect with --sweep"),
-    (["--sweep", "kind", "--labels", "5"], "--labels: has no effect"), (["--seeds", "0"], "--seeds"),
+    (["--sweep", "kind", "--labels", "5"], "--labels: has no effect"),
+    (["--sweep", "help", "--beta", "0"], "--beta: the sweep help varies it itself"), (["--seeds", "0"], "--seeds"),
     (["--sweep", "kin"], "--sweep"), (["--seeds", "2", "--beta", "0", "--alpha", "0"], "nothing to train on")])
 def test_many_runs_that_make_no_sense_are_refused(flags, message, capsys, tmp_path):
     assert fails(*flags, "--output", tmp_path / "out") == 2
@@ -985,15 +1069,47 @@ def test_many_runs_that_make_no_sense_are_refused(flags, message, capsys, tmp_pa
 
 
 @pytest.mark.parametrize("cores, free, batch, count, given, expected", [
-    (8, 100, 32, 9, {}, (8, 1)), (8, 100, 32, 3, {}, (3, 2)), (8, 5, 32, 9, {}, (2, 4)), (8, 0, 32, 9, {}, (1, 8)),
+    (8, 100, 32, 9, {}, (8, 1)), (8, 100, 32, 3, {}, (3, 2)), (8, 5, 32, 9, {}, (2, 1)), (8, 0, 32, 9, {}, (1, 1)),
+    (8, 5, 32, 9, {"jobs": 4}, (4, 2)),
     (8, math.inf, 32, 9, {}, (8, 1)), (8, 100, 500, 9, {}, (1, 8)), (2, 100, 32, 9, {"jobs": 5}, (5, 1)),
     (6, 100, 32, 9, {"jobs": 4}, (4, 1)), (8, 100, 32, 2, {"jobs": 4}, (2, 4))])
 def test_runs_at_once_follow_cores_memory_and_batch(cores, free, batch, count, given, expected, monkeypatch):
-    """Free memory in GB: 2 for each run; infinite where the system does not tell."""
+    """Free memory in GB: 2 for each run, where --jobs does not say how many; infinite where the system does not
+    tell. A run's threads, and so its bits, do not depend on it."""
     monkeypatch.setattr(train.torch, "get_num_threads", lambda: cores)
     monkeypatch.setattr(data, "free_memory", lambda: free * 2**30)
     runs = [settings(batch_size=batch)] * count
     assert train.jobs_and_threads(given | {"device": "cpu"}, runs) == expected
+
+
+def test_the_state_of_many_runs_is_one_line(tmp_path, monkeypatch, capsys):
+    """On a terminal: finished runs, the time left by the epochs done, and what runs, cut to the terminal's width."""
+    runs = [({}, settings(version="v3", dataset="shapes", precision="auto", epochs=10, seed=seed))
+            for seed in range(4)]
+    s = runs[1][1]
+    folder = train.make_folder(tmp_path, train.run_name(s), {"settings": vars(s)})
+    (folder / "log.csv").write_text("epoch\n" + "1\n" * 5)
+    running = {0: (None, None, s, 0, 0)}
+    monkeypatch.setattr(train.time, "time", lambda: 1000.0)
+    monkeypatch.setenv("COLUMNS", "200")
+    train.show_state(runs, runs[2:], running, tmp_path, 100.0)  # 15 of 40 epochs in 900 s: 25 take 1,500 s
+    assert capsys.readouterr().out == ("\r\x1b[K1 of 4 done, about 25 min left; running: "
+                                       "v3_dataset-shapes_epochs10_seed1")
+    monkeypatch.setenv("COLUMNS", "30")
+    train.show_state(runs, runs[2:], running, tmp_path, 100.0)
+    assert capsys.readouterr().out == "\r\x1b[K1 of 4 done, about 25 min lef"
+    train.show_state(runs, runs, {}, tmp_path, 1000.0)  # nothing done yet
+    assert "min left" not in capsys.readouterr().out
+
+
+def test_the_progress_of_an_epoch_is_one_line_that_goes(monkeypatch, capsys):
+    now = iter([0.0, 10.0, 10.1, 20.0, 30.0])
+    monkeypatch.setattr(train.time, "time", lambda: next(now))
+    show = train.progress(3)
+    for step in (1000, 1010, 2000, 3000):
+        show(step, 3000)
+    assert capsys.readouterr().out == (f"\repoch 3: step 1,000 of 3,000, 20 s left  "
+                                       f"\repoch 3: step 2,000 of 3,000, 10 s left  \r{'':<60}\r")
 
 
 needs_forkserver = pytest.mark.skipif(sys.platform == "win32", reason="starting processes takes long")
@@ -1051,17 +1167,6 @@ def test_finished_runs_are_not_trained_again_and_more_seeds_are_added(pair, tmp_
     assert seen == [2, 3]
 
 
-def interrupted(monkeypatch, at):
-    """train_epoch that Ctrl-C ends in its call number `at` (from 0)."""
-    calls, train_epoch = itertools.count(), train.train_epoch
-
-    def call(*args, **kwargs):
-        if next(calls) == at:
-            raise KeyboardInterrupt
-        return train_epoch(*args, **kwargs)
-    monkeypatch.setattr(train, "train_epoch", call)
-
-
 def table(out):
     """The cells of a comparison, without the seconds."""
     path, = out.glob("comparison*/comparison.md")
@@ -1096,9 +1201,10 @@ def test_a_run_that_fails_stops_no_other(pair, tiny, tmp_path, monkeypatch, caps
     command = ["--sweep", "kind", *flags[2:], "--output", str(tmp_path)]
     assert train.main([*command, "--list"]) == 0
     first = shlex.split(capsys.readouterr().out.splitlines()[0])
-    assert train.main(first[2:]) == 0
+    for _ in range(2):  # the second time it is finished already
+        assert train.main(first[2:]) == 0
     folder, = tmp_path.iterdir()
-    assert folder.name == "sweep-kind_dataset-tiny_epochs2"
+    assert folder.name == "sweep-kind_dataset-tiny_epochs2" and len(list(folder.iterdir())) == 1
     assert_equal(weights(folder / "v3_dataset-tiny_epochs2"), weights(out / "v3_dataset-tiny_epochs2"))
     capsys.readouterr()
     assert train.main(command) == 1
@@ -1106,11 +1212,28 @@ def test_a_run_that_fails_stops_no_other(pair, tiny, tmp_path, monkeypatch, caps
     assert "1 of 3 runs are finished already" in printed
     name = "v3_encoder-C8-C8-C8-C8-C8-C8_dataset-tiny_epochs2"
     assert f"1 of 3 runs failed: {name}; the same command tries them again" in error
-    message = re.search(rf"^{name}: failed: train.py: error: (.*) \(status 2; its output is in (.*)\)$", printed, re.M)
+    message = re.search(rf"^{name}: failed: train.py: error: (.*) \(status 2; its output is in (.*)\)$", printed,
+                        re.MULTILINE)
     assert "pools a 1x1 map to nothing" in message[1] and message[1] in Path(message[2]).read_text()
     assert sorted(each.name for each in folder.glob("[!.]*")) == [
         "comparison", "v3_dataset-tiny_beta0_epochs2", "v3_dataset-tiny_epochs2"]
     assert [row[0] for row in table(folder)[2:4]] == ["v3", "v3_beta0"]
+
+
+@needs_forkserver
+def test_a_comparison_whose_reference_failed_compares_the_others(pair, tiny, tmp_path, monkeypatch, capsys):
+    """The finished runs have no partner with beta 0; that is no error of --against, which was not given."""
+    flags, out = pair
+    sweep = train.Sweep([dict(version="v3"), dict(version="v3", beta=0.0)], "beta=0", "for this test")
+    monkeypatch.setitem(train.SWEEPS, "kind", sweep)
+    folder = tmp_path / "sweep-kind_dataset-tiny_epochs2"
+    for each in out.glob("v3*"):
+        shutil.copytree(each, folder / each.name)
+    monkeypatch.setattr(train, "run_all", lambda todo, *_: [train.run_name(s) for _, s in todo])
+    assert train.main(["--sweep", "kind", *flags[2:], "--seeds", "2", "--output", str(tmp_path)]) == 1
+    printed, error = capsys.readouterr()
+    assert "2 of 4 runs failed: v3_dataset-tiny_beta0_epochs2 v3_dataset-tiny_beta0_epochs2_seed1" in error
+    assert "--against" not in error and "| run |" in printed and table(folder)[2][1] == "2"
 
 
 def test_a_second_start_beside_a_running_one_is_refused(pair, tiny, tmp_path, monkeypatch, capsys):
@@ -1145,7 +1268,10 @@ def test_ctrl_c_ends_all_runs_of_a_sweep(pair, tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
         return wait(waited, *args)
     monkeypatch.setattr(connection, "wait", interrupt)
-    assert fails(*flags, "--epochs", "9999", "--seeds", "3", "--jobs", "2", "--output", tmp_path) == 130
-    assert len(started) == 2 and all(process.exitcode for process, _ in started)
-    error = capsys.readouterr().err
-    assert error == "train.py: interrupted; the same command resumes the runs\n"
+    status = fails(*flags, "--epochs", "9999", "--seeds", "3", "--jobs", "2", "--output", tmp_path)
+    ended = [process.exitcode is not None for process, _ in started]
+    for process, _ in started:
+        process.kill()
+        process.join()
+    assert status == 130 and ended == [True, True]
+    assert capsys.readouterr().err == "train.py: interrupted; the same command resumes the runs\n"

@@ -234,7 +234,7 @@ TRAIN = [  # flags ({} is the folder of wrong things), a part of the answer
     ("--resume {}/bad-config", "expected the folder of a run"),
     ("--resume {}/list-config", "expected the folder of a run"),
     ("--resume {}/old-config", "expected the folder of a run"),
-    ("--resume {}/odd-run --epochs 3", "expected the folder of a run, with its config.json"),
+    ("--resume {}/odd-run --epochs 3", "expected the folder of a run, with a config.json"),
     ("--resume {}/best-only --epochs 3", "last.pt: not a last.pt of train.py"),
     ("--resume {}/run", "its 2 epochs are done; --epochs N lengthens it"),
     ("--resume {}/run --epochs 1", "--epochs 1: 2 epochs are done"),
@@ -254,7 +254,7 @@ EVALUATE = [
     ("", "one of the arguments --ckpt --compare is required"),
     ("--ckpt {}/run/best.pt --compare {}/run", "not allowed with argument"),
     ("--ckpt {}/none.pt", "none.pt: no such file; expected a checkpoint such as outputs/v4/best.pt"),
-    ("--ckpt {}/run", "no such file"),
+    ("--ckpt {}/run", "run: is a folder; expected a checkpoint in it"),
     ("--ckpt {}/format-1.pt", "format-1.pt: written by an earlier version of this program; train the network again"),
     ("--ckpt {}/run/best.pt --images {}/file", "file: not a picture"),
     ("--ckpt {}/run/best.pt --images {}/none.png", "none.png: cannot be read"),
@@ -274,9 +274,9 @@ EVALUATE = [
     ("--ckpt {}/run/best.pt --anomaly ring", "the checkpoint was trained with that class; train one without it"),
     ("--ckpt {}/run/best.pt --anomaly dog", "--classes: no class 'dog'"),
     ("--ckpt {}/no-decoder.pt --anomaly dog", "--anomaly dog: the checkpoint's decoder is not trained (beta 0)"),
-    ("--ckpt {}/run/best.pt --codes {}/nowhere/codes.npz", "expected a file to write in a folder that exists"),
-    ("--ckpt {}/run/best.pt --codes {}/empty", "expected a file to write in a folder that exists"),
-    ("--ckpt {}/run/best.pt --images {}/run/recon/0_circle.png --codes {}/empty", "expected a file to write"),
+    ("--ckpt {}/run/best.pt --codes {}/nowhere/codes.npz", "expected a file named .npz to write in a folder that exists"),
+    ("--ckpt {}/run/best.pt --codes {}/empty", "expected a file named .npz to write in a folder that exists"),
+    ("--ckpt {}/run/best.pt --images {}/run/recon/0_circle.png --codes {}/empty", "expected a file named .npz to write"),
     ("--ckpt {}/run/best.pt --images a.png --knn 5", "--knn: has no effect with --images; leave one out"),
     ("--ckpt {}/run/best.pt --images a.png --anomaly ring", "--anomaly: has no effect with --images"),
     ("--ckpt {}/run/best.pt --images a.png --dataset shapes", "--dataset: has no effect with --images"),
@@ -339,9 +339,9 @@ def test_a_wrong_invocation_is_answered_in_one_line(program, flags, expected, pl
     monkeypatch.chdir(tmp_path)
     prepare_data = evaluate.prepare_data
 
-    def prepare_path(s, **more):  # no named set is looked for, or downloaded
+    def prepare_path(s, *more, **named):  # no named set is looked for, or downloaded
         assert s.dataset not in (None, *data.NAMES)
-        return prepare_data(s, **more)
+        return prepare_data(s, *more, **named)
     monkeypatch.setattr(evaluate, "prepare_data", prepare_path)
     monkeypatch.setattr(train, "train_epoch", lambda *_: pytest.fail("training began"))
     before = set(place.rglob("*"))
