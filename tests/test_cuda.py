@@ -19,6 +19,7 @@ import evaluate
 import losses
 import models
 import train
+from conftest import simulated_cuda
 
 CUDA = torch.device("cuda")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -160,6 +161,7 @@ def waits(version, s, batches=2):
 @pytest.mark.parametrize("operation", [
     lambda x: x + torch.zeros(4), lambda x: (x > 0).nonzero(), lambda x: x[x > 0], lambda x: torch.bincount(x.long()),
     lambda x: float(x.sum()), lambda x: 1 if x.sum() else 0], ids=range(6))
+@simulated_cuda
 def test_the_pretended_device_refuses_what_it_should(operation):
     with pretended(), pytest.raises((RuntimeError, DataDependentOutputException, DynamicOutputShapeException)):
         operation(torch.empty(4, device=CUDA))
@@ -169,6 +171,7 @@ def test_the_pretended_device_refuses_what_it_should(operation):
     lambda x: x.cpu(), lambda x: x.sum().cpu(), lambda x: torch.arange(4).to(CUDA), lambda x: x.tolist(),
     lambda x: torch.tensor([1.0, 2.0], device=CUDA), lambda x: x[torch.arange(2)], lambda x: x.sum().item(),
     lambda x: x.copy_(torch.zeros(4))], ids=range(8))
+@simulated_cuda
 def test_the_pretended_device_counts_what_it_should(operation):
     with pretended() as count:
         x = torch.empty(4, device=CUDA)
@@ -191,6 +194,7 @@ def test_the_pretended_backward_is_the_real_one():
 
 
 @pytest.mark.parametrize("version", models.VERSIONS)
+@simulated_cuda
 def test_an_epoch_of_every_version_stays_on_the_device(version):
     """Forward, backward and the optimizer: no tensor from elsewhere, and no wait for each step."""
     s = settings(version, size=None, margin=False)
@@ -208,6 +212,7 @@ FLAGS = {
 
 
 @pytest.mark.parametrize("changes", FLAGS.values(), ids=FLAGS)
+@simulated_cuda
 def test_an_epoch_with_every_flag_stays_on_the_device(changes):
     s = settings(**changes)
     assert waits("v3", s, 3) == [0] * len(train.phases(s))
@@ -223,6 +228,7 @@ def test_every_setting_of_the_loop_is_tried():
     assert set(train.DEFAULTS) == elsewhere | of_data | {key for changes in FLAGS.values() for key in changes}
 
 
+@simulated_cuda
 def test_labelled_images_that_come_round_stay_on_the_device():
     """Five of them, in every batch: their order is on the device before the first step."""
     assert waits("v3", settings(labels=5), 4) == [0]
@@ -233,6 +239,7 @@ def test_labelled_images_that_come_round_stay_on_the_device():
 @pytest.mark.parametrize("version, changes", [
     ("v3", {}), ("v3", dict(noise=0.1, delta=0.5)), ("v3", dict(size=32, margin=True)), ("vae", {}),
     ("mobilenet", dict(size=64, margin=True)), ("cnn32", {}), ("mnist", {})])
+@simulated_cuda
 def test_a_measurement_waits_once_however_many_batches(version, changes):
     found = []
     for n in (15, 23):
@@ -247,6 +254,7 @@ def test_a_measurement_waits_once_however_many_batches(version, changes):
     assert found[0] == found[1]
 
 
+@simulated_cuda
 def test_codes_and_reconstructions_stay_on_the_device():
     found = []
     for n in (19, 43):
@@ -293,6 +301,7 @@ def images(*shape):
     ids=["nearest", "nearest of few", "vote", "normalise", "normalise grey", "normalise margin", "normalise offsets",
          "to_pixels", "rotate", "add_noise", "jumble", "class_counts", "balanced_weights", "confusion_matrix",
          "reconstruction_errors"])
+@simulated_cuda
 def test_transformations_never_wait_for_the_device(function, shape):
     assert result_of(function) == (shape, 0)
 
@@ -303,6 +312,7 @@ def test_counts_wait_once():
         assert count() == 1
 
 
+@simulated_cuda
 def test_what_is_copied_for_an_epoch_does_not_depend_on_its_batches():
     """Indices, flips, crops and angles, once for each epoch."""
     with pretended() as count:

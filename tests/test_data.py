@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import data
 from data import DataError, Split
+from conftest import simulated_cuda
 
 
 def make_folder(root, classes=("ant", "bee"), train=3, test=2, side=8, suffix="png", mode="RGB"):
@@ -1073,6 +1074,7 @@ def fake_gpu():
 @pytest.mark.parametrize("arguments, side", [
     (dict(), 32), (dict(scale="-1..1", flip=True), 32), (dict(size=24), 24), (dict(size=40, margin=True), 40),
     (dict(flip=True, degrees=10.0, size=56, margin=True, part=(1, 2)), 56)])
+@simulated_cuda
 def test_batches_need_nothing_but_the_device(channels, arguments, side):
     with fake_gpu() as device:
         split = Split(torch.empty((21, channels, 32, 32), dtype=torch.uint8, device=device).contiguous(
@@ -1085,6 +1087,7 @@ def test_batches_need_nothing_but_the_device(channels, arguments, side):
                 assert images.shape[1:] == (channels, side, side)
 
 
+@simulated_cuda
 def test_functions_of_batches_need_nothing_but_the_device():
     with fake_gpu() as device:
         images = torch.empty((6, 3, 20, 24), dtype=torch.uint8, device=device)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
 import losses
+from conftest import simulated_cuda
 
 
 @pytest.fixture
@@ -274,6 +275,7 @@ def test_roc_auc_counts_the_pairs():
     assert losses.roc_auc(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0])) == 1
 
 
+@simulated_cuda
 def test_nothing_waits_for_a_gpu():
     """Under FakeTensorMode no tensor has values: an operation that reads one on the CPU raises an error."""
     with FakeTensorMode():

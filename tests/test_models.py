@@ -17,6 +17,7 @@ from torchvision.models import get_model
 
 import models
 from models import CheckpointError, Kind, NotationError, Version, build
+from conftest import simulated_cuda
 
 
 def linear(inputs, outputs):
@@ -524,6 +525,7 @@ def test_encode_gives_what_the_decoder_reads(version):
 
 
 @pytest.mark.parametrize("version, changes", [("v4", {"skip": True}), ("vae", {}), ("cnn", {}), ("mnist", {})])
+@simulated_cuda
 def test_nothing_waits_for_the_device(version, changes):
     """Fake tensors have no values: reading one, as a synchronisation does, is an error."""
     with FakeTensorMode(), torch.device("cuda"):
