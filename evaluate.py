@@ -430,7 +430,7 @@ def draw_sheet(rows, names, path, title):
         axis.text(-0.08, 0.5, rows[row % len(rows)][0], transform=axis.transAxes, ha="right", va="center",
                   fontsize=8)
     figure.suptitle(title, fontsize=10, y=1 - 0.05 / height, va="top")
-    figure.subplots_adjust(left=margin / width, right=0.995, bottom=0.02, top=1 - 0.5 / height, wspace=0.06,
+    figure.subplots_adjust(left=margin / width, right=0.995, bottom=0.02, top=1 - 0.42 / height, wspace=0.06,
                            hspace=0.06 if bands == 1 else 0.25)  # room for the names
     save_figure(figure, path)
 
@@ -636,7 +636,7 @@ def draw_curves(rows, path, title):
         integer_axis(axis)
         axis.ticklabel_format(axis="y", useOffset=False)
         axis.grid(alpha=0.3)
-        axis.legend()
+        axis.legend(fontsize=8)
     figure.suptitle(title)
     save_figure(figure, path)
 
