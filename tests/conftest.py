@@ -5,10 +5,13 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import pytest
-import torch
-from torch._subclasses import FakeTensorMode
+# Before torch is imported, and for all processes that tests start: bits are compared between them.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from torch._subclasses import FakeTensorMode  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
