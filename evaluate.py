@@ -318,7 +318,9 @@ def measure(model, split, s, classify=True, reconstruct=True, batch_size=100):
         wanted |= {"reconstruction"} | ({"jigsaw_reconstruction"} if s.delta else set())
         wanted |= {"mean"} if model.variational else set()
     noise, generator = test_noise(s), torch.Generator(device).manual_seed(0)
-    orders = torch.rand(n, s.jigsaw_grid ** 2, generator=torch.Generator().manual_seed(0)).argsort(1)
+    orders = torch.empty(n, 0)
+    if "jigsaw_reconstruction" in wanted:
+        orders = torch.rand(n, s.jigsaw_grid ** 2, generator=torch.Generator().manual_seed(0)).argsort(1)
     share = data.Split(*(tensor[rank::processes] for tensor in split)) if processes > 1 else split
     orders, bounds = orders[rank::processes].to(device), data.batch_bounds(len(share.labels), batch_size, 1)
     totals, confusion = {}, torch.zeros(model.num_classes, model.num_classes, dtype=torch.int64, device=device)

@@ -339,7 +339,7 @@ def epoch_steps(dataset, s, epoch):
     rounds = math.ceil((len(bounds) + 1) * s.batch_size / len(dataset.labelled.labels))
     labelled = batches(dataset.labelled, s, stream(s.seed, epoch, "labelled"), rounds)
     labelled = itertools.islice(labelled, len(bounds))
-    if any(weight and "images" in losses.TERMS[flag].needs for flag, weight in evaluate.loss_weights(s).items()):
+    if "images" in losses.needed(evaluate.loss_weights(s)):
         return len(bounds), zip(everything, labelled, orders)
     return len(bounds), ((batch, batch, order) for batch, order in zip(labelled, orders))
 
@@ -687,6 +687,12 @@ def locked(folder):
 
 # ---------------------------------------------------------------- one run
 
+def located(dataset):
+    """A data set's name, or its absolute path: a later evaluation finds it from any folder."""
+    named = dataset in (*data.NAMES, "shapes") or not Path(dataset).exists()
+    return dataset if named else str(Path(dataset).resolve())
+
+
 def settle(given):
     """The run's settings, a Namespace, from the flags that were given (a dict) and the recipe. UsageError."""
     given = {key: value for key, value in given.items() if key not in ACTS}
@@ -705,8 +711,8 @@ def settle(given):
         s.beta = 0.0
     if "dataset" not in given and s.dataset == "cifar10":
         s.dataset = None  # or shapes, where it is unavailable
-    elif s.dataset not in (*data.NAMES, "shapes") and Path(s.dataset).exists():
-        s.dataset = str(Path(s.dataset).resolve())  # a later evaluation finds it from any folder
+    else:
+        s.dataset = located(s.dataset)
     check_network(s, given)
     check_training(s, given)
     s.flip = s.flip and s.dataset not in data.NEVER_FLIPPED
@@ -799,8 +805,8 @@ def reopen(given, folder):
             raise UsageError(f"{path}: not a last.pt of train.py; expected what a run can resume from")
     done = len(state["rows"]) if state else 0
     given = {key: value for key, value in given.items() if key not in ACTS or key == "output"}
-    if given.get("dataset") not in (None, *data.NAMES, "shapes") and Path(given["dataset"]).exists():
-        given["dataset"] = str(Path(given["dataset"]).resolve())
+    if "dataset" in given:
+        given["dataset"] = located(given["dataset"])
     for key, value in given.items():
         if key not in ("epochs", "device", "data_dir") and value != getattr(s, key, str(folder.parent)):
             raise UsageError(f"--{key.replace('_', '-')} {value}: a run resumes with its own settings, here "
