@@ -5,7 +5,7 @@
         ...                                   # images (B, C, H, W) float32, normalised
 
     # A tenth held out in dataset.val; half of the birds replaced by synthetic ones:
-    dataset = prepare("cifar10", val_share=0.1, variant="smote", constrain={"bird": 0.5}).to("cuda")
+    dataset = load("cifar10", val_share=0.1, variant="smote", constrain={"bird": 0.5}).to("cuda")
 
 `python data.py --dataset NAME` prints a set's classes and counts and saves a sheet of samples. This
 file needs torch, torchvision and numpy.
@@ -85,27 +85,22 @@ NAMES = {
 NEVER_FLIPPED = {"svhn", "mnist"}  # a mirrored digit is not a digit
 
 
-def load(dataset=None, data_dir="data", size=None, test_only=False, test_share=0.2, seed=0):
-    """A Dataset on the CPU. dataset: a name of NAMES or "shapes"; a folder of images in train/<class>/* and
-    test/<class>/*, or in <class>/* alone; an .npz of x_train, y_train, x_test, y_test. None is CIFAR-10
-    or, where that is unavailable, `shapes`.
+def load(dataset=None, data_dir="data", *, size=None, classes=None, train_size=None, test_size=None,
+         test_share=0.2, val_share=0.0, labels=None, variant="complete", constrain=None, blur=0.0, seed=0,
+         test_only=False):
+    """A Dataset on the CPU, after the steps that train.py's flags of these names ask for.
 
-    size: what a folder's pictures are scaled and cropped to as they are read, if they are of unequal sizes
-    or too large for the memory. test_only: the training part is empty, its images are not read.
-    test_share: of a folder without train/ and test/, the share of each class that is drawn with the seed
-    for the test. A large folder's pictures, once decoded, are kept in it as a hidden .npy. Raises DataError.
-    """
-    return prepare(dataset, data_dir, size=size, test_only=test_only, test_share=test_share, seed=seed)
+    dataset: a name of NAMES or "shapes"; a folder of images in train/<class>/* and test/<class>/*, or in
+    <class>/* alone; an .npz of x_train, y_train, x_test, y_test. None is CIFAR-10 or, where that is
+    unavailable, `shapes`. size: what a folder's pictures are scaled and cropped to as they are read, if they
+    are of unequal sizes or too large for the memory; all others are scaled by `batches`. test_only: the
+    training part is empty, its images are not read. test_share: of a folder without train/ and test/, the
+    share of each class that is drawn for the test. A large folder's pictures, once decoded, are kept in it as
+    a hidden .npy.
 
-
-def prepare(dataset=None, data_dir="data", *, size=None, classes=None, train_size=None, test_size=None,
-            test_share=0.2, val_share=0.0, labels=None, variant="complete", constrain=None, blur=0.0, seed=0,
-            test_only=False):
-    """A Dataset as `load` makes it, after the steps that train.py's flags of these names ask for.
-
-    In this order: `choose` classes, `take` train_size and test_size images, `hold_out` val_share, `vary` by
-    variant and constrain, `take` labels of the training images as .labelled, `blur`; all draws with the seed.
-    Raises DataError; that of a step starts with its flag.
+    Then, in this order, all draws with the seed: `choose` classes, `take` train_size and test_size images,
+    `hold_out` val_share, `vary` by variant and constrain, `take` labels of the training images as .labelled,
+    `blurred`. Raises DataError; that of a step starts with its flag.
     """
     def step(flag, change, *arguments):
         try:
@@ -118,7 +113,7 @@ def prepare(dataset=None, data_dir="data", *, size=None, classes=None, train_siz
         made.train = _pick(made.train, slice(0))
         train_size, val_share, labels, variant = None, 0, None, "complete"
     if classes:
-        made = step("classes", choose, made, classes)
+        made = step(f"classes {','.join(classes)}", choose, made, classes)
     if train_size:
         made.train = step("train-size", take, made.train, train_size, seed)
     if test_size:
@@ -128,9 +123,11 @@ def prepare(dataset=None, data_dir="data", *, size=None, classes=None, train_siz
     if files is not None:  # only the chosen pictures of a folder are read
         made = _read_folder(made, *files, size)
     made.train, made.synthetic = step(f"variant {variant}", vary, made.train, made.classes, variant, constrain, seed)
+    if labels and labels < len(made.classes):
+        raise DataError(f"--labels {labels}: expected at least one for each of {len(made.classes)} classes")
     if labels:
         made.labelled = step("labels", take, made.train, labels, seed)
-    return made.map(lambda split: Split(_blurred(split.images, blur), split.labels)) if blur else made
+    return made.map(lambda split: Split(blurred(split.images, blur), split.labels)) if blur else made
 
 
 def _find(dataset, data_dir, test_only, test_share, seed):
@@ -317,13 +314,13 @@ def read_image(path, channels=3, fit=None):
 
 
 def read_picture(path, channels=3, fit=None, blur=0.0):
-    """A picture file as `prepare` makes a test image of it, before `normalise`: (1, C, H, W) uint8.
+    """A picture file as `load` makes a test image of it, before `normalise`: (1, C, H, W) uint8.
 
     channels, fit: channels and (H, W) of the data set's images, to which a picture of another size is scaled
-    and centre-cropped. blur: as for `prepare`. Raises DataError.
+    and centre-cropped. blur: as for `load`. Raises DataError.
     """
     images = torch.tensor(read_image(path, channels, fit)).permute(2, 0, 1)[None]
-    return _blurred(images, blur) if blur else images
+    return blurred(images, blur) if blur else images
 
 
 CHUNK = 250  # pictures that a worker process decodes at a time
@@ -629,7 +626,8 @@ def choose(dataset, names):
     """The Dataset of the classes of those names alone, renumbered in the set's order. Raises DataError."""
     unknown = set(names) - set(dataset.classes)
     if unknown:
-        raise DataError(f"no class {sorted(unknown)[0]!r}; {dataset.name} has {' '.join(dataset.classes)}")
+        raise DataError(f"no class {sorted(unknown)[0]!r}; expected some of {dataset.name}'s: "
+                        f"{','.join(dataset.classes)}")
     kept = [label for label, name in enumerate(dataset.classes) if name in names]
     number = torch.full((len(dataset.classes),), -1)
     number[kept] = torch.arange(len(kept))
@@ -637,16 +635,12 @@ def choose(dataset, names):
     return replace(made, classes=[dataset.classes[label] for label in kept])
 
 
-def _blurred(images, sigma):
+def blurred(images, sigma):
+    """Images (N, C, H, W) uint8 blurred by a Gaussian of sigma pixels (cut at 3 sigma, edges reflected)."""
     side = min(images.shape[2:])
     kernel = 2 * min(math.ceil(3 * sigma), side - 1) + 1
     blocks = [TF.gaussian_blur(block, [kernel, kernel], [sigma, sigma]) for block in images.split(1000) if len(block)]
     return torch.cat(blocks or [images]).contiguous(memory_format=torch.channels_last)
-
-
-def blur(split, sigma):
-    """A Split blurred by a Gaussian of sigma pixels (cut at 3 sigma, edges reflected)."""
-    return Split(_blurred(split.images, sigma), split.labels)
 
 
 def resample(split, wanted, seed):
@@ -907,9 +901,12 @@ def main(argv):
     if not 0 < args.test_share < 1:
         fail(f"--test-share {args.test_share:g}: expected a number above 0 and below 1")
     try:
-        dataset = load(args.dataset, args.data_dir, args.size, test_share=args.test_share)
+        dataset = load(args.dataset, args.data_dir, size=args.size, test_share=args.test_share)
         path = Path(args.output, f"{dataset.name}_samples.png")
         shape = "x".join(map(str, dataset.train.images.shape[1:]))
+        if args.size and tuple(dataset.train.images.shape[2:]) != (args.size, args.size):
+            fail(f"--size {args.size}: has no effect on {dataset.name}, whose pictures are of one size, {shape}, and "
+                 "not larger; train.py scales them batch by batch")
         print(f"{dataset.name}: {dataset.source}, {len(dataset.classes)} classes, images {shape}")
         print(f"{'class':<24}{'train':>8}{'test':>8}")
         columns = [counts(split, len(dataset.classes)) for split in (dataset.train, dataset.test)]

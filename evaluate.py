@@ -234,7 +234,7 @@ def load_checkpoint(path):
 def prepare_data(s, test_only=False, channels=None):
     """The data.Dataset of settings (a Namespace), on the CPU; channels: of the network. Raises DataError."""
     size = s.size * 8 // 7 if s.size and s.margin else s.size  # of a folder's pictures, as they are read
-    dataset = data.prepare(s.dataset, s.data_dir, size=size, classes=s.classes, train_size=s.train_size,
+    dataset = data.load(s.dataset, s.data_dir, size=size, classes=s.classes, train_size=s.train_size,
                         test_size=s.test_size, test_share=s.test_share, val_share=s.val_share, labels=s.labels,
                         variant=s.variant, constrain=s.constrain, blur=s.blur, seed=s.seed, test_only=test_only)
     if channels == 3 and "image folder" in dataset.source:  # of a coloured folder all test pictures may be grey
@@ -399,7 +399,9 @@ def knn(points, labels, queries, answers, ks, classes, seed):
 # ---------------------------------------------------------------- pictures of a model
 
 def save_figure(figure, path):
-    write_whole(path, lambda part: figure.savefig(part, dpi=150, bbox_inches="tight", format="png"))
+    """A matplotlib Figure as a PNG. With a layout of matplotlib's own all of it is inside already."""
+    box = "tight" if figure.get_layout_engine() is None else None
+    write_whole(path, lambda part: figure.savefig(part, dpi=150, bbox_inches=box, format="png"))
 
 
 def save_picture(pixels, path):
@@ -774,36 +776,52 @@ def references(groups, against):
     return pairs
 
 
+def table_row(name, groups, reference, key, against):
+    """The row of a group in a comparison, a dict of texts by column. reference: the name of the group that it is
+    compared with, or None; key: of the compared figure in metrics.json; against: as the user asked, or None."""
+    row = {"run": name, "n": str(len(groups[name]))}
+    row |= {title: spread(groups[name], *column) for title, *column in COLUMNS}
+    row |= {"difference": "", "better": "", "than": ""}
+    if reference:
+        values = [{seed: result_of(run, key) for seed, run in groups[each].items()} for each in (name, reference)]
+        found = None if any(None in each.values() for each in values) else difference_interval(*values)
+        if found:
+            mean, half, paired = found
+            row["difference"] = f"{mean:+.2f} ± {half:.2f}{'' if paired else ' (unpaired)'}"
+            row |= {"better": verdict(found), "than": reference}
+        elif against:
+            row |= {"difference": "needs two runs of each", "than": reference}
+    return row
+
+
+PRINTED = {"run", "n", "accuracy, last (%)", "PSNR (dB)", "difference", "better"}  # what fits 80 columns
+
+
 def compare(paths, output, against=None):
     """Groups runs that differ in their seed alone; prints a table of their results with differences
-    and 95 % intervals, and saves it with pictures in `output`: comparison.md, comparison.png, and
-    sheet.png where all reconstruct the same data. Returns the groups."""
+    and 95 % intervals, and saves the whole of it with pictures in `output`: comparison.md, comparison.png,
+    and sheet.png where all reconstruct the same data. Returns the groups."""
     groups = group_runs(collect(paths))
-    pairs = references(groups, against or next(iter(groups)))
+    first = next(iter(groups))
+    pairs = references(groups, against or first)
     key = "accuracy.last" if all("accuracy" in run.metrics for group in groups.values()
                                  for run in group.values()) else "reconstruction.psnr"
-    lines, cells = [["run", "n", *(title for title, *_ in COLUMNS), "difference", "better", "than"]], []
-    for name, group in groups.items():
-        interval = None
-        if name in pairs:
-            values = [{seed: result_of(run, key) for seed, run in each.items()}
-                      for each in (group, groups[pairs[name]])]
-            if all(None not in each.values() for each in values):
-                interval = difference_interval(*values)
-        text = f"{interval[0]:+.2f} ± {interval[1]:.2f}{'' if interval[2] else ' (unpaired)'}" if interval else ""
-        if against and name in pairs and not interval:
-            text = "needs two runs of each"
-        cells.append([name, str(len(group)), *(spread(group, *column) for _, *column in COLUMNS), text,
-                      verdict(interval) if interval else "", pairs.get(name, "") if text else ""])
-    kept = [i for i in range(len(lines[0])) if any(row[i] for row in cells)]  # no empty columns
-    lines = ["| " + " | ".join(row[i] for i in kept) + " |" for row in lines + cells]
-    lines.insert(1, "|" + "---|" * len(kept))
+    rows = [table_row(name, groups, pairs.get(name), key, against) for name in groups]
+    columns = [title for title in rows[0] if any(row[title] for row in rows)]  # no empty ones
     what = "accuracy, last (%)" if key.startswith("accuracy") else "PSNR (dB)"
     chosen = sorted({chosen_on(run.rows) for group in groups.values() for run in group.values()})
-    lines += ["", "±: standard deviation of the n runs of a row, which differ in their seed alone.",
-              f"difference: in {what}, runs of the same seed paired, ± half its 95 % t interval.",
-              f"best: the best epoch, chosen on {' or '.join(chosen)}."]
-    print("\n".join(lines))
+    notes = ["±: standard deviation of the n runs of a row, which differ in their seed alone."]
+    if "difference" in columns:
+        notes += [f"difference: in {what}, from {against or first}, runs of the same seed paired;",
+                  "± half its 95 % t interval."]
+    if "best (%)" in columns:
+        notes.append(f"best: the best epoch, chosen on {' or '.join(chosen)}.")
+    shown = {title: max(len(title), *(len(row[title]) for row in rows)) for title in columns if title in PRINTED}
+    for row in (dict(zip(columns, columns)), *rows):
+        print("  ".join(f"{row[title]:{'<' if title == 'run' else '>'}{width}}" for title, width in shown.items()))
+    print("\n".join(["", *notes]))
+    table = [f"| {' | '.join(cells)} |" for cells in (columns, *([row[title] for title in columns] for row in rows))]
+    lines = [table[0], "|" + "---|" * len(columns), *table[1:], "", *notes]
     output.mkdir(parents=True, exist_ok=True)
     write_whole(output / "comparison.md", lambda part: part.write_text("\n".join(lines) + "\n", encoding="utf-8"))
     draw_comparison(groups, output / "comparison.png")
@@ -1032,7 +1050,10 @@ def report_anomaly(model, content, device, name, folder):
         raise UsageError(f"--anomaly {name}: the checkpoint was trained with that class; train one without "
                          f"it: --classes {others}")
     s.classes = [*classes, name]
-    dataset = prepare_data(s, True, model.version.in_shape[0]).to(device)
+    try:
+        dataset = prepare_data(s, True, model.version.in_shape[0]).to(device)
+    except data.DataError as error:
+        raise UsageError(f"--anomaly {name}: {error}") from None
     unseen = dataset.test.labels == dataset.classes.index(name)
     if unseen.all() or not unseen.any():
         raise UsageError(f"--anomaly {name}: no test image of that class, or of no other; expected both")

@@ -914,7 +914,7 @@ def announce(s, dataset, model, folder):
         print(f"labels: of {len(dataset.labelled.labels):,} training images; the others have none")
     weights = ", ".join(f"{flag} {weight:g}" for flag, weight in evaluate.loss_weights(s).items()
                         if weight or flag in ("alpha", "beta"))
-    print(f"{s.epochs} epochs, batch {s.batch_size}, {s.optimizer} lr {s.lr:g}, {weights}, seed {s.seed}")
+    print(f"epochs {s.epochs}, batch {s.batch_size}, {s.optimizer} lr {s.lr:g}, {weights}, seed {s.seed}")
     if s.separate:
         first = phases(s)[0].end
         print(f"epochs 1 to {first}: the autoencoder alone; {first + 1} to {s.epochs}: the classifier on its "

@@ -243,9 +243,9 @@ def test_the_processes_have_one_order_and_dropout_of_their_own():
 
 
 def test_a_last_batch_of_one_image_trains_batchnorm(tiny, tmp_path, steps):
-    """It belongs to the batch before: a 1x1 map of one image has no variance. One labelled image fills a batch."""
+    """It belongs to the batch before: a 1x1 map of one image has no variance. Ten labelled images fill a batch."""
     folder = run(tiny, tmp_path, "--version", "mobilenet", "--no-pretrained", "--size", "32", "--train-size", "33",
-                 "--epochs", "1", "--test-size", "10", "--labels", "1")
+                 "--epochs", "1", "--test-size", "10", "--labels", "10")
     assert [(len(tensors["images"]), len(tensors["labels"])) for tensors, _ in steps] == [(33, 32)]
     row, = log(folder)
     assert all(math.isfinite(float(value)) for value in row.values() if value)
@@ -978,7 +978,7 @@ def test_a_folder_that_a_killed_process_left_half_made_is_no_run(tmp_path):
 
 def test_digits_are_never_flipped(monkeypatch, tmp_path):
     grey = data.Split(torch.zeros(20, 1, 28, 28, dtype=torch.uint8), torch.arange(20) % 10)
-    monkeypatch.setattr(data, "prepare", lambda name, *_, **__: data.Dataset(
+    monkeypatch.setattr(data, "load", lambda name, *_, **__: data.Dataset(
         name, "test", [str(digit) for digit in range(10)], grey, grey))
     for name, flip in (("mnist", False), ("fashionmnist", True)):
         s = train.settle(train.parse(["--version", "v3", "--dataset", name, "--data-dir", str(tmp_path)]))
@@ -1233,7 +1233,7 @@ def test_a_comparison_whose_reference_failed_compares_the_others(pair, tiny, tmp
     assert train.main(["--sweep", "kind", *flags[2:], "--seeds", "2", "--output", str(tmp_path)]) == 1
     printed, error = capsys.readouterr()
     assert "2 of 4 runs failed: v3_dataset-tiny_beta0_epochs2 v3_dataset-tiny_beta0_epochs2_seed1" in error
-    assert "--against" not in error and "| run |" in printed and table(folder)[2][1] == "2"
+    assert "--against" not in error and "\nrun  " in printed and table(folder)[2][1] == "2"
 
 
 def test_a_second_start_beside_a_running_one_is_refused(pair, tiny, tmp_path, monkeypatch, capsys):

@@ -352,7 +352,7 @@ def test_ctrl_c_while_pictures_are_read_is_one_line(tmp_path, server):
 def test_ctrl_c_while_data_is_prepared_is_one_line(tiny, tmp_path, monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
-    monkeypatch.setattr(data, "prepare", interrupted)
+    monkeypatch.setattr(data, "load", interrupted)
     assert fails(["--version", "v3", "--dataset", tiny, "--output", tmp_path / "out"]) == 130
     assert capsys.readouterr().err == "train.py: interrupted\n" and not (tmp_path / "out").exists()
 
@@ -439,7 +439,7 @@ def test_two_processes_train_every_run_of_a_sweep_in_one_group(tiny, tmp_path, s
     assert sorted(each.parent.name for each in folder.glob("*/config.json")) == names
     assert all(json.loads((folder / name / "config.json").read_text())["processes"] == 2 for name in names)
     assert printed[0].count("2 processes, into") == 3 and "2 processes, into" not in printed[1]
-    assert len(comparison(folder)) == 3 and printed[0].count("| run |") == 1
+    assert len(comparison(folder)) == 3 and printed[0].count("\nrun  ") == 1
     assert train.main([*map(str, flags[2:-2]), "--version", "v3", "--output", str(tmp_path / "one")]) == 0
     assert_close(folder / names[2], *(tmp_path / "one").iterdir())
 
