@@ -108,6 +108,7 @@ def load(dataset=None, data_dir="data", *, size=None, classes=None, train_size=N
         except DataError as error:
             raise DataError(f"--{flag}: {error}") from None
 
+    classes = classes.split(",") if isinstance(classes, str) else classes
     made, files = _find(dataset, data_dir, test_only, test_share, seed)
     if test_only:
         made.train = _pick(made.train, slice(0))
@@ -123,8 +124,6 @@ def load(dataset=None, data_dir="data", *, size=None, classes=None, train_size=N
     if files is not None:  # only the chosen pictures of a folder are read
         made = _read_folder(made, *files, size)
     made.train, made.synthetic = step(f"variant {variant}", vary, made.train, made.classes, variant, constrain, seed)
-    if labels and labels < len(made.classes):
-        raise DataError(f"--labels {labels}: expected at least one for each of {len(made.classes)} classes")
     if labels:
         made.labelled = step("labels", take, made.train, labels, seed)
     return made.map(lambda split: Split(blurred(split.images, blur), split.labels)) if blur else made
@@ -798,6 +797,21 @@ def rotate(images, angles):
     return F.grid_sample(images, F.affine_grid(theta, (b, c, h, w), align_corners=False), align_corners=False)
 
 
+def move(images, moves):
+    """Images (B, C, H, W), each moved by its moves (B, 2) int64, pixels down and right, less than its sides; the
+    border is reflected."""
+    b, c, h, w = images.shape
+
+    def sources(side, moves):  # (B, side): the pixel that comes to each place
+        places = (torch.arange(side, device=images.device) - moves[:, None]).abs()
+        return side - 1 - (side - 1 - places).abs()
+    rows, columns = sources(h, moves[:, 0]), sources(w, moves[:, 1])
+    image = torch.arange(b, device=images.device)[:, None, None]
+    index = (image * h + rows[:, :, None]) * w + columns[:, None, :]  # (B, H, W)
+    pixels = images.permute(0, 2, 3, 1).reshape(-1, c).index_select(0, index.flatten())
+    return pixels.view(b, h, w, c).permute(0, 3, 1, 2)
+
+
 def add_noise(images, std, generator, scale="imagenet"):
     """Normalised images (B, C, H, W) with Gaussian noise, std in pixels of 0-1. generator: a torch.Generator
     of their device."""
@@ -823,12 +837,14 @@ def batch_bounds(n, batch_size, processes=1):
 
 
 def batches(split, batch_size, epoch_seed=None, flip=False, size=None, margin=False, scale="imagenet",
-            degrees=0.0, part=(0, 1), rounds=1):
+            degrees=0.0, shifts=0, part=(0, 1), rounds=1):
     """A split's batches of `batch_bounds`, (images, labels) as `normalise` makes them, on the split's device.
 
     epoch_seed: an int shuffles, always in the same order for the same seed; None keeps the set's order. flip:
-    turn each image left to right with probability 1/2; degrees: rotate it by up to so many, either way;
-    margin: crop it anywhere, with epoch_seed None in the centre (all drawn from the same seed). part: (rank,
+    turn each image left to right with probability 1/2, or a bool for each image of the split, (N,), whether it
+    is turned in the first round and then in every other; degrees: rotate it by up to so many, either way;
+    shifts: move it by up to so many pixels, borders reflected; margin: crop it anywhere, with epoch_seed None
+    in the centre (all drawn from the same seed). part: (rank,
     processes): every batch's share of that process. rounds: how often all images come round, each time in
     another order. Raises DataError if a share is empty.
     """
@@ -836,12 +852,18 @@ def batches(split, batch_size, epoch_seed=None, flip=False, size=None, margin=Fa
     bounds = batch_bounds(n, batch_size, processes)
     if any(stop - start < processes for start, stop in bounds):
         raise DataError(f"{n:,} images in batches of {batch_size}; expected one for each of {processes} processes")
+    if shifts >= min(split.images.shape[2:]):
+        raise DataError(f"shifts by {shifts} pixels: expected less than the images' sides")
     generator = torch.Generator().manual_seed(0 if epoch_seed is None else epoch_seed)
     order = torch.arange(n) % len(split.labels) if epoch_seed is None else torch.cat(
         [torch.randperm(len(split.labels), generator=generator) for _ in range(rounds)])
-    flipped = (torch.rand(n, generator=generator) < 0.5).to(device)
+    flipped = torch.rand(n, generator=generator) < 0.5
+    if torch.is_tensor(flip):
+        flipped, flip = flip[order] ^ (torch.arange(n) // len(split.labels) % 2 == 1), True
+    flipped = flipped.to(device)
     offsets = torch.rand(n, 2, generator=generator).to(device) if margin and epoch_seed is not None else None
     angles = degrees * (2 * torch.rand(n, generator=generator).to(device) - 1) if degrees else None
+    moves = torch.randint(-shifts, shifts + 1, (n, 2), generator=generator).to(device) if shifts else None
     order = order.to(device)
     pixels = split.images.permute(0, 2, 3, 1)  # (N, H, W, C), contiguous: an image is a row
     mean, std = _mean_std(pixels.shape[3], size * size if size else math.prod(pixels.shape[1:3]), device, scale)
@@ -853,6 +875,8 @@ def batches(split, batch_size, epoch_seed=None, flip=False, size=None, margin=Fa
         if flip:
             turned = flipped[share, None, None, None]
             images = images.flip(3) * turned + images * ~turned  # torch.where takes twice the time
+        if shifts:
+            images = move(images, moves[share])
         if degrees:
             images = rotate(images.float(), angles[share])
         images = _crop(images, size, margin, None if offsets is None else offsets[share])
@@ -905,8 +929,8 @@ def main(argv):
         path = Path(args.output, f"{dataset.name}_samples.png")
         shape = "x".join(map(str, dataset.train.images.shape[1:]))
         if args.size and tuple(dataset.train.images.shape[2:]) != (args.size, args.size):
-            fail(f"--size {args.size}: has no effect on {dataset.name}, whose pictures are of one size, {shape}, and "
-                 "not larger; train.py scales them batch by batch")
+            fail(f"--size {args.size}: has no effect on {dataset.name}, of {shape}; only a folder's pictures that are "
+                 "larger or of unequal sizes are scaled as they are read, all others batch by batch")
         print(f"{dataset.name}: {dataset.source}, {len(dataset.classes)} classes, images {shape}")
         print(f"{'class':<24}{'train':>8}{'test':>8}")
         columns = [counts(split, len(dataset.classes)) for split in (dataset.train, dataset.test)]

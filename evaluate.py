@@ -181,7 +181,8 @@ NEEDED = {
     "test_share": Needed(0.2, float, 0.01, 0.9), "val_share": Needed(0.0, float, 0, 0.9),
     "labels": Needed(None, int, 1), "variant": Needed("complete", data.VARIANTS),
     "constrain": Needed(None, dict), "blur": Needed(0.0, float, 0, 10), "noise": Needed(0.0, float, 0, 10),
-    "clean_test": Needed(False, bool), "jigsaw_grid": Needed(4, int, 2, 32), "seed": Needed(0, int, 0, 2**31),
+    "clean_test": Needed(False, bool), "flip": Needed(True, bool), "jigsaw_grid": Needed(4, int, 2, 32),
+    "seed": Needed(0, int, 0, 2**31),
     "precision": Needed("auto", ("auto", "bf16", "fp32")),
     **{flag: Needed(term.default, float, 0) for flag, term in losses.TERMS.items()},
 }
@@ -286,7 +287,7 @@ def batch_sums(tensors, inputs, images, labels, s):
     """Sums over a batch, by name: every loss term that the tensors allow, right answers, errors."""
     tensors, count = tensors | {"images": images, "labels": labels}, len(labels)
     sums = {term.name: count * term.loss(*(tensors.get(name) for name in term.needs))
-            for term in losses.TERMS.values() if set(term.needs) - {"class_weights"} <= set(tensors)}
+            for term in losses.TERMS.values() if set(term.needs) - set(losses.OPTIONAL) <= set(tensors)}
     if "reconstruction" in tensors:
         pixels = data.to_pixels(images, s.scale)
         found = losses.reconstruction_errors(data.to_pixels(tensors["reconstruction"], s.scale), pixels)
@@ -298,11 +299,12 @@ def batch_sums(tensors, inputs, images, labels, s):
 
 
 @torch.no_grad()
-def measure(model, split, s, classify=True, reconstruct=True, batch_size=100):
+def measure(model, split, s, classify=True, reconstruct=True, mirrored=False, batch_size=100):
     """A model's losses and errors on a Split, as plain numbers in a dict.
 
     The loss terms by name (classifier, autoencoder, ..., each where the model allows it); accuracy in
-    percent; confusion: counts, [true class][predicted class]; and the mean over the images of
+    percent; with mirrored=True accuracy_mirrored, for which the logits of each image and its mirror image
+    are averaged; confusion: counts, [true class][predicted class]; and the mean over the images of
     losses.reconstruction_errors, on pixels of 0-1, the reconstruction clamped to them as in a saved
     picture. With noise in the settings the network sees noisy images (the same at every call), the
     errors are against the clean ones, and noisy_psnr is the input's own. Several processes measure
@@ -329,7 +331,11 @@ def measure(model, split, s, classify=True, reconstruct=True, batch_size=100):
         tensors = forward(model, inputs, s, wanted, orders[start:stop])
         if "logits" in wanted:
             confusion += losses.confusion_matrix(labels, tensors["logits"].argmax(1), model.num_classes)
-        for name, value in batch_sums(tensors, inputs, images, labels, s).items():
+        sums = batch_sums(tensors, inputs, images, labels, s)
+        if mirrored and "logits" in wanted:
+            both = tensors["logits"].float() + forward(model, inputs.flip(3), s, {"logits"})["logits"].float()
+            sums["accuracy_mirrored"] = 100 * (both.argmax(1) == labels).sum()
+        for name, value in sums.items():
             totals[name] = totals.get(name, 0) + value.double()
     model.train(training)
     sums = torch.stack(list(totals.values()))
@@ -705,10 +711,14 @@ def collect(paths):
     return runs
 
 
+# Other settings that are newer than some runs, with their defaults in train.py.
+LATER = dict(shift=0, label_smoothing=0.0, schedule="step", decoder_rate=1.0, bias_rate=1.0)
+
+
 def kind_of(settings, *ignored):
     """What runs have in common that differ by chance alone, as a text to compare; a setting that is missing, as in
     runs older than it, counts as its default."""
-    settings = {name: needed.default for name, needed in NEEDED.items()} | settings
+    settings = {name: needed.default for name, needed in NEEDED.items()} | LATER | settings
     return json.dumps({key: value for key, value in settings.items()
                        if value is not None and value is not False and key not in (*INCIDENTAL, *ignored)},
                       sort_keys=True)
@@ -752,9 +762,10 @@ def spread(group, key, digits, unit=""):
     return f"{np.mean(values):,.{digits}f}{deviation}{unit}"
 
 
-COLUMNS = [("accuracy, last (%)", "accuracy.last", 2), ("best (%)", "accuracy.best", 2),
-           ("MSE", "reconstruction.mse", 6), ("PSNR (dB)", "reconstruction.psnr", 2), ("code", "code", 0),
-           ("parameters", "parameters", 0), ("MB", "megabytes", 1), ("s per epoch", "seconds_per_epoch", 1)]
+COLUMNS = [("accuracy (%)", "accuracy.last", 2), ("best (%)", "accuracy.best", 2),
+           ("mirrored (%)", "accuracy.mirrored", 2), ("MSE", "reconstruction.mse", 6),
+           ("PSNR (dB)", "reconstruction.psnr", 2), ("code", "code", 0), ("parameters", "parameters", 0),
+           ("MB", "megabytes", 1), ("s per epoch", "seconds_per_epoch", 1)]
 
 
 def references(groups, against):
@@ -776,9 +787,9 @@ def references(groups, against):
     return pairs
 
 
-def table_row(name, groups, reference, key, against):
+def table_row(name, groups, reference, key, asked):
     """The row of a group in a comparison, a dict of texts by column. reference: the name of the group that it is
-    compared with, or None; key: of the compared figure in metrics.json; against: as the user asked, or None."""
+    compared with, or None; key: of the compared figure in metrics.json; asked: whether the user named the reference."""
     row = {"run": name, "n": str(len(groups[name]))}
     row |= {title: spread(groups[name], *column) for title, *column in COLUMNS}
     row |= {"difference": "", "better": "", "than": ""}
@@ -789,12 +800,12 @@ def table_row(name, groups, reference, key, against):
             mean, half, paired = found
             row["difference"] = f"{mean:+.2f} ± {half:.2f}{'' if paired else ' (unpaired)'}"
             row |= {"better": verdict(found), "than": reference}
-        elif against:
+        elif asked:
             row |= {"difference": "needs two runs of each", "than": reference}
     return row
 
 
-PRINTED = {"run", "n", "accuracy, last (%)", "PSNR (dB)", "difference", "better"}  # what fits 80 columns
+PRINTED = {"run", "n", "accuracy (%)", "PSNR (dB)", "difference", "better"}  # the others would not fit
 
 
 def compare(paths, output, against=None):
@@ -806,22 +817,24 @@ def compare(paths, output, against=None):
     pairs = references(groups, against or first)
     key = "accuracy.last" if all("accuracy" in run.metrics for group in groups.values()
                                  for run in group.values()) else "reconstruction.psnr"
-    rows = [table_row(name, groups, pairs.get(name), key, against) for name in groups]
+    rows = [table_row(name, groups, pairs.get(name), key, bool(against)) for name in groups]
     columns = [title for title in rows[0] if any(row[title] for row in rows)]  # no empty ones
-    what = "accuracy, last (%)" if key.startswith("accuracy") else "PSNR (dB)"
+    what = "accuracy (%)" if key.startswith("accuracy") else "PSNR (dB)"
     chosen = sorted({chosen_on(run.rows) for group in groups.values() for run in group.values()})
-    notes = ["±: standard deviation of the n runs of a row, which differ in their seed alone."]
+    notes = ["Accuracy and errors are of the last epoch; ±: standard deviation of the n runs",
+             "of a row, which differ in their seed alone."]
     if "difference" in columns:
         notes += [f"difference: in {what}, from {against or first}, runs of the same seed paired;",
                   "± half its 95 % t interval."]
-    if "best (%)" in columns:
-        notes.append(f"best: the best epoch, chosen on {' or '.join(chosen)}.")
+    more = {"best (%)": f"best: the best epoch, chosen on {' or '.join(chosen)}.",
+            "mirrored (%)": "mirrored: logits of each image and its mirror image averaged."}
     shown = {title: max(len(title), *(len(row[title]) for row in rows)) for title in columns if title in PRINTED}
     for row in (dict(zip(columns, columns)), *rows):
         print("  ".join(f"{row[title]:{'<' if title == 'run' else '>'}{width}}" for title, width in shown.items()))
     print("\n".join(["", *notes]))
     table = [f"| {' | '.join(cells)} |" for cells in (columns, *([row[title] for title in columns] for row in rows))]
-    lines = [table[0], "|" + "---|" * len(columns), *table[1:], "", *notes]
+    lines = [table[0], "|" + "---|" * len(columns), *table[1:], "", *notes,
+             *(text for title, text in more.items() if title in columns)]
     output.mkdir(parents=True, exist_ok=True)
     write_whole(output / "comparison.md", lambda part: part.write_text("\n".join(lines) + "\n", encoding="utf-8"))
     draw_comparison(groups, output / "comparison.png")
@@ -988,12 +1001,14 @@ def report(model, content, dataset, folder, ks):
     """Measures the checkpoint on the test images, draws, prints. ks: for kNN, or None. Returns plain
     values."""
     s, trained, count = content["settings"], content["trained"], len(dataset.test.labels)
-    result = measure(model, dataset.test, s, "classifier" in trained, "decoder" in trained)
+    result = measure(model, dataset.test, s, "classifier" in trained, "decoder" in trained, mirrored=s.flip)
     print(f"{s.version} after epoch {content['epoch']}, on {count:,} test images of {dataset.name} "
           f"({dataset.source})")
     if "accuracy" in result:
         largest = max(map(sum, result["confusion"])) / count
         print(f"{'accuracy':<28}{result['accuracy']:>10.2f} %  (the largest class alone: {100 * largest:.2f} %)")
+        if s.flip:
+            print(f"{'  with the mirror image':<28}{result['accuracy_mirrored']:>10.2f} %  (logits of both averaged)")
         result["per_class"] = losses.per_class(result["confusion"], dataset.classes)
         for name, value in result["per_class"].items():
             print(f"  {name:<26}" + ("no images" if value is None else f"{value:>10.2f} %"))
@@ -1052,8 +1067,8 @@ def report_anomaly(model, content, device, name, folder):
     s.classes = [*classes, name]
     try:
         dataset = prepare_data(s, True, model.version.in_shape[0]).to(device)
-    except data.DataError as error:
-        raise UsageError(f"--anomaly {name}: {error}") from None
+    except data.DataError as error:  # that it has no such class
+        raise UsageError(f"--anomaly {name}: {re.sub('^--classes [^:]*: ', '', str(error))}") from None
     unseen = dataset.test.labels == dataset.classes.index(name)
     if unseen.all() or not unseen.any():
         raise UsageError(f"--anomaly {name}: no test image of that class, or of no other; expected both")
@@ -1102,6 +1117,7 @@ def evaluate(args):
     if args.dataset:
         s.dataset, s.classes, s.test_size, s.train_size = args.dataset, None, None, None
         s.labels, s.val_share, s.variant = None, 0.0, "complete"
+        s.flip = s.flip and args.dataset not in data.NEVER_FLIPPED
     if args.data_dir or not Path(s.data_dir).is_dir():
         s.data_dir = args.data_dir or "data"
     if args.codes and (not Path(args.codes).parent.is_dir() or Path(args.codes).suffix != ".npz"):

@@ -18,14 +18,17 @@ import torch.nn.functional as F
 
 # ---------------------------------------------------------------- what is minimised
 
-def classifier_loss(logits, labels, class_weights=None):
+def classifier_loss(logits, labels, class_weights=None, label_smoothing=None):
     """Mean cross entropy. logits (B, classes), any float; labels (B,) int64.
 
-    class_weights (classes,): each image's loss times its class's weight; still divided by B.
+    class_weights (classes,): each image's loss times its class's weight; still divided by B. label_smoothing:
+    the share of the target that all classes have in equal parts (Szegedy et al. 2016).
     """
+    smoothing = label_smoothing or 0.0
     if class_weights is None:
-        return F.cross_entropy(logits.float(), labels)
-    return F.cross_entropy(logits.float(), labels, class_weights, reduction="sum") / len(labels)
+        return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+    each = F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
+    return (class_weights[labels] * each).mean()
 
 
 def autoencoder_loss(reconstruction, images):
@@ -67,8 +70,9 @@ class Term(NamedTuple):
     default: float = 0.0  # of that flag
 
 
+OPTIONAL = "class_weights", "label_smoothing"  # what a term does without
 TERMS = {  # the flag: its term
-    "alpha": Term("classifier", classifier_loss, ("logits", "labels", "class_weights"),
+    "alpha": Term("classifier", classifier_loss, ("logits", "labels", *OPTIONAL),
                   "cross entropy (nats)", "weight of the classifier's cross entropy", 1.0),
     "beta": Term("autoencoder", autoencoder_loss, ("reconstruction", "images"),
                  "MSE (normalised pixels)", "weight of the reconstruction's mean squared error", 1.0),

@@ -18,8 +18,13 @@ Tokens are joined by `>`; where a map meets a linear layer it is flattened.
     N(n)    linear to n means and n log-variances, the last of   linear
             an encoder; the code is drawn from that normal
             distribution in training, else it is the mean
+    W(n)    2x2 conv to n channels, GELU, an encoder's first;    1x1 conv
+            the first filters are fixed by `whiten`
+    B(n)    3x3 conv to n channels without bias, max-pool,       2x2 transposed conv, stride 2
+            batch norm, GELU
+    B'(n)   the same without the pool                            1x1 conv
     D(p)    dropout with probability p                           nothing
-    A(n)    average-pool to an n x n map                         none: for classifiers
+    A(n)    average-pool to an n x n map; M(n): max-pool         none: for classifiers
     T(n)    2x2 transposed conv, stride 2, ReLU                  none: for written-out decoders
     T'(n)   1x1 transposed conv, ReLU                            none
     U(n)    3x3 transposed conv, stride 2, doubling, ReLU        none
@@ -72,6 +77,7 @@ class Version:
     skip: bool = False  # the study's modified network: lower features join the classifier's
     output: str | None = None  # what ends the decoder: None, "sigmoid" or "tanh"
     he: bool = False  # He et al.'s initialisation (2015), biases 0
+    temperature: float = 1.0  # divides the logits
 
 
 GREY = (1, 28, 28)
@@ -95,6 +101,10 @@ VERSIONS = {
     "v4": Version("C'(32)>C(32)", V4_DROPOUT),
     "v4-plain": Version("C'(32)>C(32)", "C'(32)>C(64)>C(64)>L(512)>L(128)>L'(10)"),
     "v4-stride2": Version("C'(32)>S(32)", V4_DROPOUT),
+    # The same idea at today's level, after Jordan's airbench (2024) and Page's and Swan's networks before it.
+    "v5-small": Version("W(32)>B(32)>B'(32)", "B(128)>B'(128)>B(128)>B'(128)>M(1)>L'(10)", temperature=9.0),
+    "v5": Version("W(32)>B(64)>B'(64)", "B(256)>B'(256)>B(256)>B'(256)>M(1)>L'(10)", temperature=9.0),
+    "v5-large": Version("W(32)>B(128)>B'(128)", "B(384)>B'(384)>B(384)>B'(384)>M(1)>L'(10)", temperature=9.0),
     # The standard networks, each with its own classifier. SqueezeNet's, a 1x1 conv and an average, stands here
     # in the other order, without the ReLU between.
     "vgg": Version("vgg16", "A(7)>L(4096)>D(0.5)>L(4096)>D(0.5)>L'(10)", "T(512)>T(256)>T(128)>T(64)>T(3)",
@@ -179,6 +189,50 @@ class ConvTranspose2d(nn.ConvTranspose2d):
         return blocks.reshape(b, 2 * h, 2 * w, -1).permute(0, 3, 1, 2)     # channels_last
 
 
+class WhiteningConv2d(nn.Module):
+    """A 2x2 convolution, with a row and a column of repeated border, whose first filters are fixed: `whiten` makes
+    of them those that decorrelate the pixels of a patch (8 for grey images, 24 for coloured ones)."""
+
+    def __init__(self, channels, n):
+        super().__init__()
+        plain = nn.Conv2d(channels, n, 2)
+        fixed = min(n, 8 * channels)
+        self.register_buffer("fixed", plain.weight[:fixed].detach().clone())  # (fixed, C, 2, 2)
+        self.weight, self.bias = nn.Parameter(plain.weight[fixed:].detach().clone()), plain.bias
+
+    def forward(self, x):  # (B, C, H, W) -> (B, n, H, W): a product of each pixel's patch with a matrix
+        weight = torch.cat([self.fixed, self.weight]).permute(0, 2, 3, 1).flatten(1)  # (n, 2 * 2 * C)
+        return F.linear(patches(x), weight, self.bias).permute(0, 3, 1, 2)
+
+
+def patches(x):
+    """The 2x2 patch that ends at each pixel, the border repeated: (B, C, H, W) -> (B, H, W, 2 * 2 * C)."""
+    b, c, h, w = x.shape
+    x = F.pad(x, (1, 0, 1, 0), "replicate").permute(0, 2, 3, 1)
+    return torch.cat([x[:, i:i + h, j:j + w] for i in range(2) for j in range(2)], 3)
+
+
+@torch.no_grad()
+def whiten(model, images):
+    """Fixes the first filters of a model whose encoder begins with W(n) by normalised images (N, C, H, W): the
+    eigenvectors of the covariance of their 2x2 patches, each divided by its standard deviation, and their negatives
+    (as in Jordan's airbench, 2024). Until then they are random."""
+    layer, c = model.encoder[0], images.shape[1]
+    rows = patches(images).flatten(0, 2).double()  # (N * H * W, 2 * 2 * C)
+    values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
+    filters = (vectors / (values.clamp(min=0) + 5e-4).sqrt()).T.flip(0)  # the largest variance first
+    filters = filters.view(-1, 2, 2, c).permute(0, 3, 1, 2)
+    layer.fixed.copy_(torch.cat([filters, -filters])[:len(layer.fixed)])
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """nn.BatchNorm2d that learns a bias alone, and forgets its statistics faster."""
+
+    def __init__(self, channels):
+        super().__init__(channels, momentum=0.4, affine=False)
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+
 class Dropout(nn.Dropout):
     """nn.Dropout that cuts every 64-bit draw into four 16-bit ones on the CPU.
 
@@ -200,13 +254,14 @@ class Autoencoder(nn.Module):
     """An encoder with a classifier and a decoder on its code; either may be None.
 
     tap: after how many of the encoder's modules its lower features go to a Joined classifier. variational: the
-    encoder ends in N(n) and gives the means and log-variances of its code (Kingma and Welling 2014).
+    encoder ends in N(n) and gives the means and log-variances of its code (Kingma and Welling 2014). temperature:
+    divides the logits.
     """
 
-    def __init__(self, encoder, classifier=None, decoder=None, tap=None, variational=False):
+    def __init__(self, encoder, classifier=None, decoder=None, tap=None, variational=False, temperature=1.0):
         super().__init__()
         self.encoder, self.classifier, self.decoder = encoder, classifier, decoder
-        self.tap, self.variational = tap, variational
+        self.tap, self.variational, self.temperature = tap, variational, temperature
 
     def forward(self, x, classify=True, reconstruct=True, posterior=False):
         """Images (B, C, H, W) -> logits (B, classes), reconstruction (B, C, H, W), each None where the part is
@@ -216,6 +271,7 @@ class Autoencoder(nn.Module):
         code, logits, reconstruction = self._code(features), None, None
         if classify and self.classifier is not None:
             logits = self.classifier(code, lower) if self.tap else self.classifier(code)
+            logits = logits if self.temperature == 1 else logits.float() / self.temperature
         if reconstruct and self.decoder is not None:
             reconstruction = self.decoder(code)
         if not posterior:
@@ -280,6 +336,13 @@ def _pool(before, after, plain, adaptive):
     return adaptive(after)
 
 
+def _identity_conv(c, n):
+    """A 3x3 convolution without bias whose first filters hand the channels on."""
+    conv = nn.Conv2d(c, n, 3, padding=1, bias=False)
+    nn.init.dirac_(conv.weight[:c])
+    return conv
+
+
 KINDS = {
     "C": Kind(  # ReLU after the pool, not before: the same values from a quarter of the work
         lambda n, c, h, w: ([nn.Conv2d(c, n, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()], (n, h // 2, w // 2)),
@@ -295,8 +358,15 @@ KINDS = {
     "L'": Kind(lambda n, features: ([nn.Linear(features, n)], (n,)), _linear_mirror, "vector"),
     # Autoencoder makes a code of n values from the 2n.
     "N": Kind(lambda n, features: ([nn.Linear(features, 2 * n)], (n,)), _linear_mirror, "vector"),
+    "W": Kind(lambda n, c, h, w: ([WhiteningConv2d(c, n), nn.GELU()], (n, h, w)),
+              lambda before, after: [nn.Conv2d(after[0], before[0], 1)]),  # faster than a transposed one
+    "B": Kind(lambda n, c, h, w: ([_identity_conv(c, n), nn.MaxPool2d(2), BatchNorm2d(n), nn.GELU()],
+                                  (n, h // 2, w // 2)), _doubling_mirror),
+    "B'": Kind(lambda n, c, h, w: ([_identity_conv(c, n), BatchNorm2d(n), nn.GELU()], (n, h, w)),
+               lambda before, after: [nn.Conv2d(after[0], before[0], 1)]),
     "D": Kind(lambda p, *shape: ([Dropout(p)], shape), lambda before, after: [], "either"),
     "A": Kind(lambda n, c, h, w: ([_pool((h, w), (n, n), nn.AvgPool2d, nn.AdaptiveAvgPool2d)], (c, n, n)), None),
+    "M": Kind(lambda n, c, h, w: ([_pool((h, w), (n, n), nn.MaxPool2d, nn.AdaptiveMaxPool2d)], (c, n, n)), None),
     "T": Kind(lambda n, c, h, w: ([ConvTranspose2d(c, n, 2, stride=2), nn.ReLU()], (n, 2 * h, 2 * w)), None),
     "T'": Kind(lambda n, c, h, w: ([ConvTranspose2d(c, n, 1), nn.ReLU()], (n, h, w)), None),
     "U": Kind(lambda n, c, h, w: ([nn.ConvTranspose2d(c, n, 3, 2, padding=1, output_padding=1), nn.ReLU()],
@@ -327,6 +397,8 @@ def parse(notation):
             expected = " ".join(f"{kind}({'p' if kind == 'D' else 'n'})" for kind in KINDS)
             raise NotationError(f"{where}: expected one of {expected}, joined by '>'")
         kind, number = match.groups()
+        if tokens and kind == "W":
+            raise NotationError(f"{where}: W(n) whitens the images; expected it as an encoder's first token")
         if tokens and tokens[-1].kind == "N":
             raise NotationError(f"{tokens[-1].where}: N(n) gives the code; expected it as an encoder's last token")
         if kind == "D":
@@ -388,7 +460,7 @@ def written_out(notation, code_shape, in_shape):
     shape = steps[-1].after
     if len(shape) != 3 or shape[0] != in_shape[0]:
         raise NotationError(f"{notation!r} ends in {_text(shape)}; expected the images' {in_shape[0]} channels")
-    if isinstance(modules[-1], nn.ReLU):
+    if isinstance(modules[-1], (nn.ReLU, nn.GELU)):
         modules.pop()
     if shape != in_shape:
         modules.append(nn.Upsample(in_shape[1:], mode="bilinear", align_corners=False))
@@ -397,11 +469,11 @@ def written_out(notation, code_shape, in_shape):
 
 def joined(tokens, shape, lower_shape):
     """The Joined classifier of Tokens that end in L', for a code and lower features of those shapes, which join
-    before the first A, L or L'."""
+    before the first A, M, L or L'."""
     if len(shape) != 3:
         raise NotationError(f"skip joins maps, but the code is a vector of {shape[0]}; expected an encoder of "
                             "C, C', S, or no --skip")
-    cut = [token.kind in ("A", "L", "L'") for token in tokens].index(True)
+    cut = [token.kind in ("A", "M", "L", "L'") for token in tokens].index(True)
     features, steps = layers(tokens[:cut], shape)
     channels, *size = steps[-1].after if steps else shape
     n, *lower_size = lower_shape
@@ -434,6 +506,11 @@ def build(version, in_shape=None, num_classes=10, **changes):
     if len(version.in_shape) != 3 or min(*version.in_shape, num_classes) < 1:
         raise NotationError(f"images of {_text(version.in_shape)}, {num_classes} classes: expected channels, height, "
                             "width and the number of classes to be at least 1")
+    if type(version.temperature) not in (int, float) or not 0 < version.temperature < math.inf:
+        raise NotationError(f"temperature {version.temperature!r}: expected a number above 0")
+    for notation in (version.classifier, version.decoder):
+        if "W(" in (notation or ""):
+            raise NotationError(f"{notation!r}: W(n) whitens the images; expected it as an encoder's first token")
     encoder, steps, tap, head = _encoder(version)
     code_shape = steps[-1].after if steps else _output_shape(encoder, version.in_shape)
     classifier = decoder = None
@@ -450,7 +527,7 @@ def build(version, in_shape=None, num_classes=10, **changes):
         with _default_named("decoder", name, version, changes):
             decoder = _decoder(version, code_shape, steps)
     model = Autoencoder(encoder, classifier, decoder, tap if version.skip and version.classifier else None,
-                        variational=bool(steps) and steps[-1].token.kind == "N")
+                        bool(steps) and steps[-1].token.kind == "N", version.temperature)
     if version.he:
         for layer in model.modules():
             if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
@@ -629,8 +706,8 @@ def trace(model):
         adds = 0
         if isinstance(layer, nn.ConvTranspose2d):  # every input value meets every weight
             adds = x[0, 0].numel() * layer.weight.numel()
-        elif isinstance(layer, (nn.Conv2d, nn.Linear)):
-            adds = y[0].numel() * layer.weight[0].numel()
+        elif isinstance(layer, (nn.Conv2d, nn.Linear, WhiteningConv2d)):
+            adds = y[0].numel() * math.prod(layer.weight.shape[1:])
         rows.append((part, type(layer).__name__, tuple(y.shape[1:]), parameter_count(layer), adds))
 
     hooks = [layer.register_forward_hook(lambda layer, x, y, part=part: note(part, layer, x[0], y))

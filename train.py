@@ -34,6 +34,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -145,20 +146,31 @@ SETTINGS = {
                 "the clean image is the reconstruction target"),
         Setting("clean_test", False, bool, "", "no noise on the test images"),
         Setting("rotate", 0.0, Number(float, 0, 180), "DEGREES", "rotate training images by up to this, either way"),
-        Setting("flip", True, bool, "", "left-right flips in training; never on mnist and svhn")],
+        Setting("shift", 0, Number(int, 0, 16), "PIXELS", "shift training images by up to this, any way; borders are "
+                "reflected"),
+        Setting("flip", True, bool, "", "left-right flips in training; never on mnist and svhn"),
+        Setting("alternate", False, bool, "", "flip each image in every other epoch, instead of at random")],
     "loss": [
         *(Setting(flag, term.default, Number(float, 0), "X", term.help)
           for flag, term in losses.TERMS.items()),
         Setting("jigsaw_grid", 4, Number(int, 2, 32), "N", "the jigsaw loss cuts an image into N x N tiles"),
+        Setting("label_smoothing", 0.0, Number(float, 0, 1), "X", "share of the classifier's target that all classes "
+                "have in equal parts"),
         Setting("class_weights", None, ("balanced",), "", "weight the classifier loss so that all classes count "
                 "the same")],
     "training": [
         Setting("optimizer", "sgd", tuple(OPTIMIZERS), "", ""),
         Setting("lr", 0.01, POSITIVE, "X", "learning rate"),
         Setting("momentum", 0.9, Number(float, 0, 1), "X", "of sgd"),
+        Setting("nesterov", False, bool, "", "Nesterov's momentum, of sgd"),
         Setting("weight_decay", 1e-4, Number(float, 0), "X", ""),
+        Setting("schedule", "step", ("step", "triangle"), "", "of the learning rate: step, or triangle: from a "
+                "fifth of --lr up to it in 0.23 of the steps, then down to 0.07 of it"),
         Setting("lr_step", 10, COUNT, "N", "multiply the learning rate every N epochs ..."),
         Setting("lr_decay", 0.1, Number(float, 0, 1, above=True), "X", "... by this"),
+        Setting("decoder_rate", 1.0, POSITIVE, "X", "the decoder's learning rate, as a multiple of --lr"),
+        Setting("bias_rate", 1.0, POSITIVE, "X", "that of batch norms' biases; their weight decay is divided by it"),
+        Setting("lookahead", False, bool, "", "every five steps, replace the weights by their running average"),
         Setting("epochs", 40, COUNT, "N", ""),
         Setting("batch_size", 32, COUNT, "N", "images per step, of all processes together"),
         Setting("separate", False, bool, "", "train the autoencoder alone first, then the classifier on its encoder"),
@@ -170,8 +182,8 @@ SETTINGS = {
     "run": [
         Setting("name", None, folder_name, "NAME", "of the run's folder; by default the version and what "
                 "differs from its recipe"),
-        Setting("seed", 0, Number(int, 0, 2**31), "N", "of weights, order, flips, crops, noise, dropout, tiles and "
-                "draws"),
+        Setting("seed", 0, Number(int, 0, 2**31), "N", "of weights, order, flips, shifts, crops, noise, dropout, "
+                "tiles and draws"),
         Setting("device", "auto", str, "NAME", "auto, cpu, cuda, cuda:1"),
         Setting("precision", "auto", ("auto", "bf16", "fp32"), "", "auto is bf16 where the hardware computes it")],
 }
@@ -196,10 +208,14 @@ OTHERS = dict(scale="0..1", flip=False, alpha=0.0, optimizer="adam", lr=0.001, w
 JOINT = OTHERS | dict(scale="-1..1", classes=["automobile", "cat", "dog", "horse", "truck"], rotate=10.0,
                       noise=0.05, clean_test=True, alpha=0.1, epochs=10)  # 0.05 of 0-1 is 0.1 of -1..1
 FASHION = OTHERS | dict(dataset="fashionmnist", epochs=30, batch_size=64)
+V5 = dict(beta=0.2, label_smoothing=0.2, shift=2, alternate=True, lr=0.73, momentum=0.85, nesterov=True,
+          weight_decay=0.00133, schedule="triangle", decoder_rate=0.2, bias_rate=64.0, lookahead=True, epochs=10,
+          batch_size=500)
 KINDS, LATENT = ["mlp", "combo", "cnn"], ["cnn10", "cnn32", "cnn100", "cnn1000"]
 DEPTHS = ["cnnL1", "cnnL3", "cnnL5", "cnnL10"]
 RECIPES = dict.fromkeys([*models.VERSIONS, "custom"], {}) | {
     "v2.3": dict(size=64), "v4": dict(gamma=0.001), "v4-stride2": dict(gamma=0.001),
+    "v5-small": V5 | dict(epochs=5), "v5": V5, "v5-large": V5 | dict(epochs=40),
     "vgg": STANDARD, "resnet": STANDARD, "mobilenet": STANDARD, "squeezenet": STANDARD,
     "joint5": JOINT, "cnn6": JOINT | dict(classes=None, alpha=1.0, beta=0.0),
     **dict.fromkeys([*KINDS, *LATENT, *DEPTHS], OTHERS),
@@ -258,7 +274,7 @@ def recipe(version):
 
 def stream(seed, epoch, purpose, rank=0):
     """The 32-bit seed of one stream of random numbers: generators on the CPU use no more bits."""
-    if purpose == "order":  # also of flips, crops and rotations; the same for all ranks
+    if purpose == "order":  # also of flips, shifts, crops and rotations; the same for all ranks
         return (seed * 1_000_003 + epoch) % 2**32
     return zlib.crc32(f"{seed} {epoch} {purpose} {rank}".encode())
 
@@ -280,8 +296,15 @@ def phases(s):
             Namespace(**whole | of_images | dict(start=first, frozen=s.freeze_encoder))]
 
 
+def progress(s, epoch):
+    """The share of a phase that is done at a moment (in epochs: 2.5 is the middle of the run's third)."""
+    return (epoch - s.start) / (s.end - s.start)
+
+
 def learning_rate(s, epoch):
-    """The learning rate of an epoch (from 0) of a phase."""
+    """The learning rate at a moment of a phase."""
+    if s.schedule == "triangle":
+        return s.lr * float(np.interp(progress(s, epoch), (0, 0.23, 1), (0.2, 1, 0.07)))
     return s.lr * s.lr_decay ** ((epoch - s.start) // s.lr_step)
 
 
@@ -298,9 +321,23 @@ def make_optimizer(model, s):
     parameters = [p for p in model.parameters() if p.requires_grad]
     device = parameters[0].device.type
     fused = device == "cpu" or (device == "cuda" and s.optimizer != "adagrad")
-    momentum = dict(momentum=s.momentum) if s.optimizer == "sgd" else {}
-    return OPTIMIZERS[s.optimizer](parameters, lr=s.lr, weight_decay=s.weight_decay + s.gamma,
-                                   fused=fused or None, **momentum)
+    momentum = dict(momentum=s.momentum, nesterov=s.nesterov) if s.optimizer == "sgd" else {}
+    decoder = set(model.decoder.parameters()) if model.decoder is not None and s.decoder_rate != 1 else set()
+    biases = {layer.bias for layer in model.modules() if isinstance(layer, torch.nn.BatchNorm2d)
+              } if s.bias_rate != 1 else set()
+    groups = [([p for p in parameters if p not in decoder | biases], 1.0, s.weight_decay),
+              ([p for p in parameters if p in decoder - biases], s.decoder_rate, s.weight_decay),
+              ([p for p in parameters if p in biases], s.bias_rate, s.weight_decay / s.bias_rate)]
+    groups = [group for group in groups if group[0]]
+    optimizer = OPTIMIZERS[s.optimizer]([dict(params=group, weight_decay=decay + s.gamma)
+                                         for group, _, decay in groups], lr=s.lr, fused=fused or None, **momentum)
+    optimizer.rates = [rate for _, rate, _ in groups]  # of each group, as multiples of the learning rate
+    return optimizer
+
+
+def restore(optimizer, state):
+    """Loads what an optimizer has gathered from its state_dict; its settings remain those of the run."""
+    optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 class Batch(NamedTuple):
@@ -309,12 +346,16 @@ class Batch(NamedTuple):
     size: int             # of the whole batch, of all processes
 
 
-def batches(split, s, seed, rounds=1):
-    """The Batches of a Split, which comes round so many times."""
+def batches(split, s, epoch, purpose, rounds=1):
+    """The Batches of a Split in an epoch, which comes round so many times. purpose: of the stream of their order."""
     rank, processes = evaluate.process()
-    bounds = data.batch_bounds(rounds * len(split.labels), s.batch_size, processes)
-    shares = data.batches(split, s.batch_size, epoch_seed=seed, flip=s.flip, degrees=s.rotate, rounds=rounds,
-                          part=(rank, processes), **evaluate.preparation(s))
+    flip, n = s.flip, len(split.labels)
+    if s.flip and s.alternate:
+        first = torch.rand(n, generator=torch.Generator().manual_seed(stream(s.seed, 0, "flips"))) < 0.5
+        flip = first ^ bool(epoch * rounds % 2)
+    bounds = data.batch_bounds(rounds * n, s.batch_size, processes)
+    shares = data.batches(split, s.batch_size, epoch_seed=stream(s.seed, epoch, purpose), flip=flip, degrees=s.rotate,
+                          shifts=s.shift, rounds=rounds, part=(rank, processes), **evaluate.preparation(s))
     for (images, labels), (start, stop) in zip(shares, bounds):
         yield Batch(images, labels, stop - start)
 
@@ -332,12 +373,12 @@ def epoch_steps(dataset, s, epoch):
         tiles = torch.Generator().manual_seed(stream(s.seed, epoch, "tiles"))
         drawn = torch.rand(n, s.jigsaw_grid ** 2, generator=tiles).argsort(1).to(dataset.train.images.device)
         orders = (drawn[start:stop][rank::processes] for start, stop in bounds)
-    everything = batches(dataset.train, s, stream(s.seed, epoch, "order"))
+    everything = batches(dataset.train, s, epoch, "order")
     if dataset.labelled is None or not evaluate.classifies(s):
         return len(bounds), ((batch, batch, order) for batch, order in zip(everything, orders))
     # A batch more than the steps: the last one could be smaller or larger.
     rounds = math.ceil((len(bounds) + 1) * s.batch_size / len(dataset.labelled.labels))
-    labelled = batches(dataset.labelled, s, stream(s.seed, epoch, "labelled"), rounds)
+    labelled = batches(dataset.labelled, s, epoch, "labelled", rounds)
     labelled = itertools.islice(labelled, len(bounds))
     if "images" in losses.needed(evaluate.loss_weights(s)):
         return len(bounds), zip(everything, labelled, orders)
@@ -365,7 +406,7 @@ def step_tensors(net, batch, labelled, order, s, wanted, noise):
     def forward(images, names):
         inputs = data.add_noise(images, s.noise, noise, s.scale) if s.noise else images
         return evaluate.forward(net, inputs, s, names, order)
-    known = {"images": batch.images, "labels": labelled.labels}
+    known = {"images": batch.images, "labels": labelled.labels, "label_smoothing": s.label_smoothing}
     if labelled is batch:
         return known | forward(batch.images, wanted)
     return known | forward(batch.images, wanted - {"logits"}) | forward(labelled.images, {"logits"})
@@ -383,8 +424,6 @@ def train_epoch(model, dataset, optimizer, s, epoch, show=None, net=None):
     model.train()
     if s.frozen:
         model.encoder.eval()  # BatchNorm keeps its statistics
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(s, epoch)
     device, (rank, _) = dataset.train.images.device, evaluate.process()
     torch.manual_seed(stream(s.seed, epoch, "dropout", rank))  # and of variational codes
     noise = torch.Generator(device).manual_seed(stream(s.seed, epoch, "noise", rank))
@@ -396,13 +435,18 @@ def train_epoch(model, dataset, optimizer, s, epoch, show=None, net=None):
     count, steps = epoch_steps(dataset, s, epoch)
     columns = [*terms, losses.TERMS["alpha"]]  # of which the last one counts right answers
     history, seen = torch.zeros(count, len(columns), device=device), [0] * len(columns)
+    pull = lookahead(model) if s.lookahead else None
     for step, (batch, labelled, order) in enumerate(steps):
+        for group, rate in zip(optimizer.param_groups, optimizer.rates):
+            group["lr"] = rate * learning_rate(s, epoch + step / count)
         tensors = step_tensors(net or model, batch, labelled, order, s, wanted, noise)
         loss, values = losses.weighted_loss(fair_weights(weights, batch, labelled), **tensors,
                                             class_weights=class_weights)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        if pull and (step % 5 == 4 or step == count - 1):
+            pull(0.95 ** (step % 5 + 1) * progress(s, epoch + (step + 1) / count) ** 3)
         with torch.no_grad():  # sums over the batch: the terms, and right answers
             sums = [values[term.name] * len(counted(term, batch, labelled).labels) for term in terms]
             if "logits" in wanted:
@@ -414,6 +458,19 @@ def train_epoch(model, dataset, optimizer, s, epoch, show=None, net=None):
         if show:
             show(step + 1, count)
     return epoch_means(history.sum(0), seen, terms, optimizer, s)
+
+
+def lookahead(model):
+    """A pull(decay) that replaces the model's weights by their running average since this call (Lookahead, Zhang
+    et al. 2019; also of BatchNorm's statistics)."""
+    weights = [weight for weight in model.state_dict().values() if weight.is_floating_point()]
+    average = [weight.clone() for weight in weights]
+
+    @torch.no_grad()
+    def pull(decay):
+        for mean, weight in zip(average, weights):
+            weight.copy_(mean.lerp_(weight, 1 - decay))
+    return pull
 
 
 def epoch_means(sums, seen, terms, optimizer, s):
@@ -457,11 +514,11 @@ def train(model, dataset, s, folder, state=None):
             continue
         optimizer = make_optimizer(model, phase)
         if len(rows) > phase.start:
-            optimizer.load_state_dict(state["optimizer"])
+            restore(optimizer, state["optimizer"])
         net = torch.nn.parallel.DistributedDataParallel(model) if processes > 1 else None
         for epoch in range(len(rows), phase.end):
             start = time.perf_counter()
-            show = progress(epoch + 1) if sys.stdout.isatty() and not rank else None
+            show = counter(epoch + 1) if sys.stdout.isatty() and not rank else None
             trained = train_epoch(model, dataset, optimizer, phase, epoch, show, net)
             row, tested = measure_epoch(model, dataset, s, phase, epoch, trained, time.perf_counter() - start)
             row["lr"] = optimizer.param_groups[0]["lr"]
@@ -495,7 +552,7 @@ def measure_epoch(model, dataset, s, phase, epoch, trained, seconds):
     start = time.perf_counter()
     # In the second part of separate training what the first one has learnt is measured, too.
     parts = evaluate.classifies(phase), evaluate.rebuilds(s)
-    tested = evaluate.measure(model, dataset.test, s, *parts)
+    tested = evaluate.measure(model, dataset.test, s, *parts, mirrored=s.flip and epoch + 1 == s.epochs)
     held_out = evaluate.measure(model, dataset.val, s, *parts) if dataset.val else {}
     tested["loss"] = losses.weighted_sum(evaluate.loss_weights(phase), tested | {"l2": trained["l2"]})
     found = {"train": trained, "test": tested, "val": held_out}
@@ -508,7 +565,7 @@ def measure_epoch(model, dataset, s, phase, epoch, trained, seconds):
                   "test_seconds": time.perf_counter() - start}, tested
 
 
-def progress(epoch):
+def counter(epoch):
     """A show(step, steps) that counts an epoch's steps in a line, twice a second, on a terminal."""
     start = due = time.time()
 
@@ -567,6 +624,8 @@ def summarise(rows, tested, model, dataset):
         result["accuracy"] = {"last": last["test_accuracy"], "best": best["test_accuracy"],
                               "best_epoch": best["epoch"], "best_chosen_on": evaluate.chosen_on(rows),
                               "largest_class": 100 * largest}
+        if "accuracy_mirrored" in tested:
+            result["accuracy"]["mirrored"] = tested["accuracy_mirrored"]
         result["per_class_accuracy"] = losses.per_class(tested["confusion"], dataset.classes)
     errors = ("autoencoder", *(key for _, key, _ in evaluate.MEASURES))
     result["reconstruction"] = {key: tested[key] for key in errors if key in tested} if "mse" in tested else None
@@ -749,6 +808,8 @@ def check_training(s, given):
     if s.separate and not (evaluate.classifies(s) and evaluate.rebuilds(s)):
         raise UsageError("--separate: trains a decoder and then a classifier; expected alpha and beta (or delta) "
                          "above 0, and a decoder")
+    if s.nesterov and s.optimizer == "sgd" and not s.momentum:
+        raise UsageError("--momentum 0: Nesterov's needs one above 0; expected --no-nesterov beside it")
     if s.separate and s.epochs < 2:
         raise UsageError(f"--epochs {s.epochs}: --separate has two parts; expected at least 2")
     for flag, needs, has in (
@@ -756,7 +817,13 @@ def check_training(s, given):
             ("first_decay", "--separate", s.separate), ("constrain", "--variant other than complete",
                                                         s.variant != "complete"),
             ("jigsaw_grid", "--delta above 0", s.delta), ("class_weights", "--alpha above 0", s.alpha),
-            ("labels", "--alpha above 0", s.alpha), ("momentum", "--optimizer sgd", s.optimizer == "sgd"),
+            ("labels", "--alpha above 0", s.alpha), ("label_smoothing", "--alpha above 0", s.alpha),
+            ("alternate", "flips", (s.flip and s.dataset not in data.NEVER_FLIPPED) or not s.alternate),
+            ("decoder_rate", "a decoder that is trained", evaluate.rebuilds(s)),
+            ("nesterov", "--optimizer sgd", s.optimizer == "sgd" or not s.nesterov),
+            ("lr_step", "--schedule step", s.schedule == "step"),
+            ("lr_decay", "--schedule step", s.schedule == "step"),
+            ("momentum", "--optimizer sgd", s.optimizer == "sgd"),
             ("labels", "--variant without copies of images", s.variant not in ("oversampled", "smote")),
             ("margin", "--size", s.size), ("clean_test", "--noise above 0", s.noise),
             ("flip", "images other than digits", not s.flip or s.dataset not in data.NEVER_FLIPPED)):
@@ -796,8 +863,12 @@ def reopen(given, folder):
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         raise UsageError(f"--resume {folder}: expected the folder of a run, with a config.json of this "
                          "version of the program") from None
-    if s.separate and given.get("epochs", s.epochs) != s.epochs:
-        raise UsageError(f"--epochs {given['epochs']}: would move the parts of a separate training")
+    if given.get("epochs", s.epochs) != s.epochs:
+        for depends, what in ((s.separate, "--separate"), (s.schedule != "step", f"--schedule {s.schedule}"),
+                              (s.lookahead, "--lookahead")):
+            if depends:
+                raise UsageError(f"--epochs {given['epochs']}: with {what} the epochs that are done would have been "
+                                 "others; start another run")
     path, state, model = folder / "last.pt", None, None
     if path.exists():
         model, state = evaluate.load_checkpoint(path)
@@ -872,12 +943,22 @@ def prepare(s, model=None):
                          "tiles")
     if model is None:
         model = build(s, (channels, *sides), len(dataset.classes))
+        if s.labels and s.labels < len(dataset.classes):
+            raise UsageError(f"--labels {s.labels}: expected at least one for each of {len(dataset.classes)} classes")
+        if isinstance(model.encoder[0], models.WhiteningConv2d):
+            step = math.ceil(len(dataset.train.labels) * math.prod(sides) / 1_000_000)  # a million pixels are enough
+            models.whiten(model, data.normalise(dataset.train.images[::step], **evaluate.preparation(s)))
     bounds = data.batch_bounds(len(dataset.train.labels), s.batch_size, processes)
     smallest = min(stop - start for start, stop in bounds)
+    normalised = any(isinstance(layer, torch.nn.BatchNorm2d) for layer in model.modules())
     if smallest < processes:
         raise UsageError(f"{len(dataset.train.labels)} training images in batches of {s.batch_size}: expected at "
                          f"least one in each batch for each of {processes} processes")
-    if smallest < 2 * processes and any(isinstance(layer, torch.nn.BatchNorm2d) for layer in model.modules()):
+    if s.bias_rate not in (1, recipe(s.version)["bias_rate"]) and not normalised:
+        raise UsageError(f"--bias-rate {s.bias_rate:g}: the network has no BatchNorm; expected 1")
+    if s.shift >= min(dataset.train.images.shape[2:]):
+        raise UsageError(f"--shift {s.shift}: expected less than the images' sides")
+    if smallest < 2 * processes and normalised:
         raise UsageError(f"--batch-size {s.batch_size}: {s.version} has BatchNorm; expected at least 2 images for "
                          "each process in a batch, and in the training set")
     s.dataset, s.data_dir = s.dataset or dataset.name, str(Path(s.data_dir).resolve())
@@ -918,8 +999,8 @@ def announce(s, dataset, model, folder):
     if s.separate:
         first = phases(s)[0].end
         print(f"epochs 1 to {first}: the autoencoder alone; {first + 1} to {s.epochs}: the classifier on its "
-              f"{'frozen ' * s.freeze_encoder}encoder; in each part the learning rate decays every "
-              f"{phases(s)[0].lr_step} epochs")
+              f"{'frozen ' * s.freeze_encoder}encoder; in each part the learning rate "
+              + (f"decays every {phases(s)[0].lr_step} epochs" if s.schedule == "step" else "rises and falls"))
     processes = evaluate.process()[1]
     print(f"on {dataset.train.images.device} in {s.precision}" + f", {processes} processes" * (processes > 1)
           + f", into {folder}\n", flush=True)
@@ -976,6 +1057,8 @@ def finish(rows, tested, model, dataset, s, folder):
         print(f"test accuracy: {accuracy['last']:.2f} % after the last epoch; best (on "
               f"{accuracy['best_chosen_on']}) {accuracy['best']:.2f} %, epoch {accuracy['best_epoch']}"
               + f"; the largest class alone {accuracy['largest_class']:.2f} %" * (len(set(counts)) > 1))
+        if "mirrored" in accuracy:
+            print(f"with the logits of each image and its mirror image averaged: {accuracy['mirrored']:.2f} %")
     if metrics["reconstruction"]:
         print("reconstruction: MSE {mse:.6f}, MAE {mae:.5f}, PSNR {psnr:.2f} dB (pixels of 0-1)".format(
             **metrics["reconstruction"]))

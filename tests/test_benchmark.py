@@ -42,7 +42,10 @@ def test_the_benchmark_measures_every_way(tiny, capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "ProcessPoolExecutor", Inside)
     assert benchmark.main(["--dataset", tiny, "--images", "60", "--batch-size", "15", "--turns", "1"]) == 0
     lines = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
-    for name in ("study", "sketch", "ours", "floor", "data", "test"):
+    for name in ("study", "sketch", "ours", "at once", "floor", "data", "test"):
         assert float(lines[name].split()[-1]) > 0
     ours, study = (float(lines[name].split()[-3]) for name in ("ours", "study"))
     assert float(lines["ours / study"].split()[3]) == pytest.approx(ours / study, rel=0.05)
+    operations = float(next(line for line in lines if line.startswith("ours: ")).split()[1])
+    adds = sum(row[4] for row in models.trace(models.build("v4")))
+    assert operations == pytest.approx(ours * 6 * adds / 1e12, abs=0.01)

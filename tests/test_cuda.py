@@ -103,7 +103,7 @@ def pretended():
             ones = [ones] * side
         return ones
     with contextlib.ExitStack() as stack:
-        for name in ("rand", "randn", "randperm"):
+        for name in ("rand", "randint", "randn", "randperm"):
             stack.enter_context(mock.patch.object(torch, name, without_generator(getattr(torch, name))))
         for place, name, value in ((torch, "Generator", Generator), (torch.Tensor, "item", read),
                                    (torch.Tensor, "tolist", read), (FakeTensor, "tolist", read),
@@ -208,7 +208,9 @@ FLAGS = {
     "labels alone": dict(labels=29, beta=0.0), "labels and delta": dict(labels=29, delta=0.5, noise=0.1),
     "separate": dict(separate=True, epochs=2), "adam": dict(optimizer="adam"), "adagrad": dict(optimizer="adagrad"),
     "separate, not frozen": dict(separate=True, epochs=2, freeze_encoder=False, labels=29),
-    "alpha 0": dict(alpha=0.0), "beta 0": dict(beta=0.0), "gamma": dict(gamma=0.1), "no flips": dict(flip=False)}
+    "alpha 0": dict(alpha=0.0), "beta 0": dict(beta=0.0), "gamma": dict(gamma=0.1), "no flips": dict(flip=False),
+    "v5": dict(shift=2, alternate=True, label_smoothing=0.2, nesterov=True, schedule="triangle", decoder_rate=0.2,
+               bias_rate=64.0, lookahead=True)}
 
 
 @pytest.mark.parametrize("changes", FLAGS.values(), ids=FLAGS)

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -437,7 +438,6 @@ def test_load_is_its_steps_called_one_by_one(arguments, few_shapes):
     (dict(test_size=101), "--test-size: 101 images"), (dict(val_share=0.001), "--val-share: a share of 0.001 of 200"),
     (dict(variant="constrained"), "--variant constrained: would leave all 200 images as they are"),
     (dict(variant="smote", constrain={"ring": 0.05}), "--variant smote: class 1 has 1 training images"),
-    (dict(labels=9), "--labels 9: expected at least one for each of 10 classes"),
     (dict(labels=201), "--labels: 201 images asked for; the set has 200"),
     (dict(labels=181, val_share=0.1), "--labels: 181 images asked for; the set has 180")])
 def test_an_error_of_a_step_names_its_flag(arguments, expected, few_shapes):
@@ -771,6 +771,47 @@ def test_flips_turn_about_half_of_the_images_left_to_right():
     turned = (mixed == plain.flip(3)).flatten(1).all(1)
     assert (same ^ turned).all()
     assert 150 < turned.sum() < 250
+
+
+def test_moved_images_are_reflected_at_their_borders():
+    images = torch.arange(4 * 2 * 5 * 6).view(4, 2, 5, 6)
+    moves = torch.tensor([[0, 0], [2, -1], [-2, 2], [1, 0]])
+    padded = F.pad(images.double(), (2, 2, 2, 2), "reflect").long()
+    for moved, padded, (down, right) in zip(data.move(images, moves), padded, moves.tolist()):
+        assert torch.equal(moved, padded[:, 2 - down:7 - down, 2 - right:8 - right])
+
+
+def test_shifts_are_drawn_for_each_image_and_leave_the_other_draws():
+    split = data.shapes(train=400, test=10).train
+    plain, shifted = (torch.cat([images for images, _ in data.batches(split, 64, epoch_seed=3, flip=True, shifts=shifts)])
+                      for shifts in (0, 1))
+    moves = {(down, right): data.move(plain, torch.tensor([[down, right]]).expand(400, 2))
+             for down in (-1, 0, 1) for right in (-1, 0, 1)}
+    counts = [(shifted == moved).flatten(1).all(1).sum().item() for moved in moves.values()]
+    assert sum(counts) == 400 and min(counts) > 20  # 44 are expected of each of the nine
+
+
+def test_flips_can_be_named_for_each_image():
+    split = data.shapes(train=50, test=10).train
+    flip = torch.arange(50) % 3 == 0
+    images = torch.cat([images for images, _ in data.batches(split, 20, epoch_seed=4, flip=flip)])
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(4))
+    for image, row in zip(images, order):
+        original = data.normalise(split.images[row][None])[0]
+        assert torch.equal(image, original.flip(2) if flip[row] else original)
+    twice = torch.cat([images for images, _ in data.batches(split, 20, flip=flip, rounds=2)])
+    assert torch.equal(twice[:50], twice[50:].flip(3))  # in every other round
+
+
+def test_a_shift_by_a_whole_side_is_refused():
+    split = data.Split(torch.zeros(3, 1, 8, 5, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64))
+    next(data.batches(split, 3, epoch_seed=0, shifts=4))
+    with pytest.raises(DataError, match="shifts by 5 pixels"):
+        next(data.batches(split, 3, epoch_seed=0, shifts=5))
+
+
+def test_classes_can_be_written_in_one_string(few_shapes):
+    assert data.load("shapes", classes="star,ring").classes == data.load("shapes", classes=["ring", "star"]).classes
 
 
 def test_size_scales_the_shorter_side_and_crops_the_centre():

@@ -157,6 +157,21 @@ def test_the_best_k_is_chosen_on_held_out_training_images():
     assert evaluate.knn(points, noisy, points[:50] + 0.01, labels[:50], [1], 2, seed=0)["accuracy"] < 90
 
 
+def test_the_mirrored_accuracy_averages_the_logits_of_both_images():
+    torch.manual_seed(1)
+    model = models.build(models.Version("L(64)", "L'(10)")).eval()
+    split = data.shapes(train=10, test=250).test
+    s = Namespace(**{name: needed.default for name, needed in evaluate.NEEDED.items()} | {"precision": "fp32"})
+    images = data.normalise(split.images)
+    with torch.no_grad():
+        logits, mirrored = (model(each, reconstruct=False)[0] for each in (images, images.flip(3)))
+    right = [(each.argmax(1) == split.labels).sum().item() / 2.5 for each in (logits, logits + mirrored)]
+    found = evaluate.measure(model, split, s, mirrored=True)
+    assert [found["accuracy"], found["accuracy_mirrored"]] == pytest.approx(right) and right[0] != right[1]
+    assert "accuracy_mirrored" not in evaluate.measure(model, split, s)
+    assert "accuracy_mirrored" not in evaluate.measure(model, split, s, classify=False, mirrored=True)
+
+
 # ---------------------------------------------------------------- the command
 
 def test_the_checkpoint_alone_gives_the_figures_of_its_training(trained, capsys, monkeypatch, tmp_path):
@@ -166,6 +181,7 @@ def test_the_checkpoint_alone_gives_the_figures_of_its_training(trained, capsys,
     report = json.loads((folder / "evaluation-last" / "report.json").read_text())
     metrics = json.loads((folder / "metrics.json").read_text())
     assert report["accuracy"] == metrics["accuracy"]["last"]
+    assert report["accuracy_mirrored"] == metrics["accuracy"]["mirrored"]
     assert sum(map(sum, report["confusion"])) == 20  # --test-size, with the run's seed
     for key, value in metrics["reconstruction"].items():
         assert report[key] == pytest.approx(value, rel=1e-6)
@@ -594,6 +610,7 @@ def test_a_table_of_two_runs(trained, tmp_path, capsys):
     for each in (folder, other):
         metrics = json.loads((each / "metrics.json").read_text())
         row, = re.findall(rf"\| 1 \| {metrics['accuracy']['last']:.2f} \| {metrics['accuracy']['best']:.2f} \| "
+                          rf"{metrics['accuracy']['mirrored']:.2f} \| "
                           rf"{metrics['reconstruction']['mse']:.6f} \|", table)
     for name in ("comparison.png", "sheet.png"):
         assert min(Image.open(out / name).size) > 200
@@ -603,9 +620,31 @@ def test_runs_of_one_name_and_other_settings_are_two_groups(compared, tmp_path):
     write_run(tmp_path / "a/v3", 50.0)
     write_run(tmp_path / "b/v3", 60.0, lr=0.5)
     rows = compared(tmp_path / "a", tmp_path / "b/v3")
-    assert [(row["run"], row["n"], row["accuracy, last (%)"]) for row in rows] == [
+    assert [(row["run"], row["n"], row["accuracy (%)"]) for row in rows] == [
         ("v3", "1", "50.00"), ("b/v3", "1", "60.00")]
     assert "difference" not in rows[0]  # one run each: no interval
+
+
+def test_later_settings_have_the_defaults_of_training():
+    """All of them that a run's folder does not need to have: those that are None or False count as missing."""
+    plain = {key: value for key, value in train.DEFAULTS.items() if value is not None and value is not False}
+    known = {name: needed.default for name, needed in evaluate.NEEDED.items()} | evaluate.LATER
+    assert all(plain[key] == value for key, value in evaluate.LATER.items())
+    # The others are as old as config.json.
+    assert set(plain) - set(known) <= {"optimizer", "lr", "momentum", "lr_step", "lr_decay", "weight_decay", "epochs",
+                                       "batch_size", "rotate", "first_share", "freeze_encoder", "device"}
+
+
+def test_a_run_older_than_a_setting_is_in_the_group_of_its_default(compared, tmp_path):
+    for seed in range(2):
+        folder = write_run(tmp_path / f"runs/v3_seed{seed}", 50.0 + seed, seed=seed)
+        if not seed:
+            config = json.loads((folder / "config.json").read_text())
+            for name in ("shift", "schedule", "decoder_rate", "bias_rate", "label_smoothing", "lookahead", "flip"):
+                del config["settings"][name]
+            (folder / "config.json").write_text(json.dumps(config))
+    row, = compared(tmp_path / "runs")
+    assert row["n"] == "2"
 
 
 def test_seeds_are_grouped_and_paired(compared, tmp_path):
@@ -616,7 +655,7 @@ def test_seeds_are_grouped_and_paired(compared, tmp_path):
         write_run(tmp_path / f"runs/v3_lr0.5{suffix}", float(b), seed=seed, lr=0.5, device="cpu", data_dir=f"{seed}")
     first, second = compared(tmp_path / "runs")
     assert (first["run"], first["n"], second["run"], second["n"]) == ("v3", "3", "v3_lr0.5", "3")
-    assert first["accuracy, last (%)"] == "52.00 ± 2.00" and second["accuracy, last (%)"] == "54.00 ± 3.00"
+    assert first["accuracy (%)"] == "52.00 ± 2.00" and second["accuracy (%)"] == "54.00 ± 3.00"
     half = 4.303 / math.sqrt(3)
     assert (second["difference"], second["better"], second["than"]) == (f"+2.00 ± {half:.2f}", "not shown", "v3")
     assert not first["difference"] and first["PSNR (dB)"].startswith("20.00")
@@ -656,7 +695,7 @@ def test_runs_without_a_classifier_are_compared_by_their_psnr(compared, tmp_path
         write_run(tmp_path / f"runs/cnn_seed{seed}", psnr=20.0 + seed, seed=seed)
         write_run(tmp_path / f"runs/cnn_lr0.5_seed{seed}", psnr=22.0 + seed, seed=seed, lr=0.5)
     rows = compared(tmp_path / "runs", "--against", "cnn")
-    assert [row["difference"] for row in rows] == ["+2.00 ± 0.00", ""] and "accuracy, last (%)" not in rows[0]
+    assert [row["difference"] for row in rows] == ["+2.00 ± 0.00", ""] and "accuracy (%)" not in rows[0]
     assert "in PSNR (dB)" in (tmp_path / "comparison/comparison.md").read_text()
 
 

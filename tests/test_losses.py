@@ -31,6 +31,17 @@ def test_classifier_loss_is_minus_the_log_of_the_right_class(batch):
         sum(by_hand) / 5, rel=1e-6)
 
 
+@pytest.mark.parametrize("weights", [None, torch.tensor([1.0, 2, 3, 4, 5, 6, 7])])
+def test_smoothed_labels_give_every_class_an_equal_share(batch, weights):
+    by_hand = 0
+    for row, label in zip(batch["logits"].detach().double(), batch["labels"].tolist()):
+        for name, logarithm in enumerate(row.log_softmax(0).tolist()):
+            share = 0.3 / 7 + 0.7 * (name == label)  # the image counts by its own class
+            by_hand -= share * logarithm * (1 if weights is None else weights[label].item()) / 5
+    loss = losses.classifier_loss(batch["logits"], batch["labels"], weights, label_smoothing=0.3)
+    assert loss.item() == pytest.approx(by_hand, rel=1e-6)
+
+
 def test_autoencoder_loss_and_its_gradient(batch):
     loss = losses.autoencoder_loss(batch["reconstruction"], batch["images"])
     loss.backward()
@@ -67,7 +78,7 @@ def test_a_term_without_weight_is_not_computed(batch, flag, tensors, name):
     weights = dict.fromkeys(losses.TERMS, 0.0) | {flag: 3.0}
     total, terms = losses.weighted_loss(weights, **{key: batch[key] for key in tensors})
     assert list(terms) == [name] and total.item() == pytest.approx(3 * terms[name].item())
-    assert losses.needed(weights) - {"class_weights"} == set(tensors)
+    assert losses.needed(weights) - set(losses.OPTIONAL) == set(tensors)
 
 
 @pytest.mark.parametrize("weights, message", [

@@ -95,6 +95,7 @@ def test_no_decoder_and_written_decoder():
     written = build(Version("C(8)>C(8)", decoder="T(4)>T(3)"))
     assert not isinstance(written.decoder[-1], nn.ReLU)  # none after the last layer
     assert written(images)[1].shape == images.shape and written(images)[0] is None
+    assert not isinstance(build(Version("C(8)", decoder="T(8)>B'(3)")).decoder[-1], nn.GELU)
 
 
 def test_the_decoder_does_not_touch_the_other_weights():
@@ -274,6 +275,80 @@ def test_a_handwritten_decoder_takes_any_code_of_its_shape():
     assert model(torch.randn(2, 1, 28, 28))[1].shape == (2, 1, 28, 28)
 
 
+@pytest.mark.parametrize("shape", [(3, 9, 7), (1, 6, 6)])
+def test_the_first_filters_whiten_the_images(shape):
+    """The outputs of the first half have a mean square of 1 and do not correlate; the second half is their negative;
+    they are a buffer, the others are learnt."""
+    torch.manual_seed(0)
+    c = shape[0]
+    images = torch.randn(300, *shape).cumsum(2).cumsum(3) + torch.randn(300, *shape)  # pixels that correlate
+    model = build(Version("W(30)>B(8)", "B(8)>M(1)>L'(4)"), shape)
+    before, layer = model.encoder[0].weight.clone(), model.encoder[0]
+    models.whiten(model, images)
+    with torch.no_grad():
+        output = layer(images) - layer.bias[:, None, None]
+    assert output.shape == (300, 30, *shape[1:])
+    rows = output.permute(1, 0, 2, 3).flatten(1).double()  # (30, N * H * W)
+    first, second, rest = rows.split([4 * c, 4 * c, 30 - 8 * c])
+    torch.testing.assert_close(first @ first.T / rows.shape[1], torch.eye(4 * c).double(), atol=0.01, rtol=0)
+    torch.testing.assert_close(second, -first, rtol=0, atol=1e-5)
+    assert torch.equal(layer.weight, before) and layer.weight.shape == (30 - 8 * c, c, 2, 2)
+    assert {name for name, _ in layer.named_parameters()} == {"weight", "bias"}
+    kernels = torch.cat([layer.fixed, layer.weight])  # as a plain convolution of the padded images
+    plain = F.conv2d(F.pad(images, (1, 0, 1, 0), "replicate"), kernels, layer.bias)
+    torch.testing.assert_close(layer(images), plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [
+    {"encoder": "C'(16)>W(32)"}, {"classifier": "W(32)>L'(10)"}, {"decoder": "T(16)>W(3)"}])
+def test_whitening_is_of_images_alone(changes):
+    with pytest.raises(NotationError, match="W\\(n\\) whitens the images; expected it as an encoder's first token"):
+        build(Version("C'(16)>C(16)", "L'(10)"), **changes)
+
+
+@pytest.mark.parametrize("temperature", ["9", None, [1], 0, 0.0, -1.0, math.inf, math.nan, True])
+def test_a_temperature_that_is_none_is_refused(temperature):
+    with pytest.raises(NotationError, match="temperature .*: expected a number above 0"):
+        build("v4", temperature=temperature)
+
+
+def test_a_new_block_hands_its_channels_on():
+    """Its first filters are the identity: at the start B'(n) is the batch norm and GELU of what it reads."""
+    x = torch.randn(4, 5, 6, 6)
+    (conv, norm, act), _ = models.layers("B'(9)", (5, 6, 6))
+    torch.testing.assert_close(conv(x)[:, :5], x)
+    expected = (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(act(norm(conv(x)))[:, :5], F.gelu(expected), rtol=1e-4, atol=1e-5)
+    assert [name for name, _ in norm.named_parameters()] == ["bias"] and conv.bias is None
+    torch.testing.assert_close(norm.running_mean, 0.4 * conv(x).mean((0, 2, 3)))
+    (narrow, *_), _ = models.layers("B(3)", (5, 6, 6))
+    torch.testing.assert_close(narrow(x), x[:, :3])
+
+
+def test_the_mirror_of_the_new_blocks():
+    decoder = build(Version("W(8)>B(6)>B'(5)>C(4)"), (3, 16, 16)).decoder
+    assert [type(layer).__name__ for layer in decoder] == [
+        "ConvTranspose2d", "ReLU", "Conv2d", "ReLU", "ConvTranspose2d", "ReLU", "Conv2d"]
+    assert [layer.kernel_size for layer in decoder[::2]] == [(2, 2), (1, 1), (2, 2), (1, 1)]
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1), (1, 2, 3), (2, 5, 1)])
+def test_whitening_of_the_smallest_images(shape):
+    model, images = build(Version("W(40)", "M(1)>L'(2)"), shape), torch.rand(1, *shape)
+    models.whiten(model, images)
+    logits, rebuilt = model(images)
+    assert logits.isfinite().all() and rebuilt.shape == images.shape
+
+
+def test_the_temperature_divides_the_logits():
+    model, x = build("v5-small", temperature=4.0).eval(), torch.randn(2, 3, 32, 32)
+    hot = model(x)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x)[0].dtype == torch.float32  # not rounded twice
+    model.temperature = 1.0
+    torch.testing.assert_close(model(x)[0] / 4, hot)
+
+
 def test_steps_of_a_notation():
     modules, steps = models.layers("C(4)>D(0.5)>L(6)", (3, 9, 8))
     assert [(step.token.kind, step.token.value) for step in steps] == [("C", 4), ("D", 0.5), ("L", 6)]
@@ -289,11 +364,11 @@ def test_steps_of_a_notation():
 def test_a_new_token_is_one_row_of_the_table(monkeypatch):
     def layers(n, c, h, w):
         return [nn.Conv2d(c, n, 3, padding=1, bias=False), nn.BatchNorm2d(n), nn.GELU()], (n, h, w)
-    monkeypatch.setitem(models.KINDS, "B", Kind(layers, models.KINDS["C'"].mirror))
-    model = build(Version("B(4)>C(5)", "B(6)>L'(10)", he=True), (3, 8, 8))
+    monkeypatch.setitem(models.KINDS, "K", Kind(layers, models.KINDS["C'"].mirror))
+    model = build(Version("K(4)>C(5)", "K(6)>L'(10)", he=True), (3, 8, 8))
     logits, reconstruction = model(torch.randn(2, 3, 8, 8))
     assert logits.shape == (2, 10) and reconstruction.shape == (2, 3, 8, 8)
-    with pytest.raises(NotationError, match=r"expected one of .* B\(n\), joined"):
+    with pytest.raises(NotationError, match=r"expected one of .* K\(n\), joined"):
         models.parse("X(3)")
 
 
@@ -556,13 +631,15 @@ def test_multiply_adds_by_hand():
     assert adds["encoder", "Conv2d"] == 8 * 8 * 4 * 3 * 9
     assert adds["classifier", "Linear"] == 4 * 4 * 4 * 10
     assert adds["decoder", "ConvTranspose2d"] == 4 * 4 * 4 * 3 * 2 * 2
+    rows = models.trace(build(Version("W(30)"), (3, 8, 8)))
+    assert rows[0][4] == 8 * 8 * 30 * 3 * 2 * 2 and rows[0][3] == 6 * 3 * 2 * 2 + 30  # 24 filters are fixed
 
 
 # ---------------------------------------------------------------- checkpoints
 
 @pytest.mark.parametrize("version, changes", [
     ("v4", {"skip": True}), ("v4-stride2", {"in_shape": (1, 15, 9), "num_classes": 3}), ("vae", {}), ("mnist", {}),
-    ("joint5", {"num_classes": 5}), ("cnn", {"decoder": None}),
+    ("joint5", {"num_classes": 5}), ("cnn", {"decoder": None}), ("v5-small", {}),
     ("squeezenet", {"in_shape": (3, 32, 32), "pretrained": False})])
 def test_a_network_is_saved_and_loaded(version, changes, tmp_path):
     model = build(version, **changes)

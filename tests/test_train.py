@@ -154,6 +154,120 @@ def test_fifty_steps_are_the_plain_formulation(version, optimizer, lr, dtype, to
     assert apart < 1e-3 * way
 
 
+def test_the_steps_of_v5_are_the_plain_formulation(steps, monkeypatch):
+    """Nesterov's momentum, a rate for each step and each part, smoothed labels and the running average, against
+    their formulas; the second epoch of three, 12 steps of 5 images."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    dataset, m, decay = shapes(60, side=16), 0.85, 0.00133
+    s = settings(**train.RECIPES["v5-small"] | dict(batch_size=5, epochs=3, lr=0.02))
+    torch.manual_seed(0)
+    model, plain = (models.build("v5-small", (3, 16, 16)).double() for _ in range(2))
+    plain.load_state_dict(model.state_dict())
+    epoch(model, dataset, s, 1)
+
+    average = {name: tensor.clone() for name, tensor in plain.state_dict().items() if tensor.is_floating_point()}
+    flips = torch.rand(60, generator=torch.Generator().manual_seed(train.stream(0, 0, "flips"))) >= 0.5  # turned
+    batches = data.batches(dataset.train, 5, epoch_seed=train.stream(0, 1, "order"), flip=flips, shifts=2)
+    buffers, expected = {}, []
+    for step, (images, labels) in enumerate(batches):
+        logits, rebuilt = plain(images)
+        target = F.one_hot(labels, 10).double() * 0.8 + 0.2 / 10
+        classifier, autoencoder = -(target * logits.log_softmax(1)).sum(1).mean(), F.mse_loss(rebuilt, images)
+        expected.append(torch.stack([classifier, autoencoder]).detach())
+        plain.zero_grad()
+        (classifier + 0.2 * autoencoder).backward()
+        done = (1 + step / 12) / 3  # of the run, before this step; the peak is at 0.23
+        rate = 0.02 * (1 + (done - 0.23) / 0.77 * (0.07 - 1))
+        for name, weight in plain.named_parameters():
+            norm = name.endswith("bias") and weight.shape in ((32,), (128,)) and ".".join(
+                [name.rpartition(".")[0], "running_mean"]) in average
+            factor = 64 if norm else 0.2 if name.startswith("decoder") else 1
+            with torch.no_grad():
+                gradient = weight.grad + decay / (64 if norm else 1) * weight
+                buffers[name] = m * buffers.get(name, 0) + gradient
+                weight -= rate * factor * (gradient + m * buffers[name])
+        if step in (4, 9, 11):
+            keep = 0.95 ** (2 if step == 11 else 5) * ((1 + (step + 1) / 12) / 3) ** 3
+            for name, tensor in plain.state_dict().items():
+                if name in average:
+                    average[name] = keep * average[name] + (1 - keep) * tensor
+                    tensor.copy_(average[name])
+    found = torch.stack([torch.stack(list(terms.values())) for _, terms in steps])
+    torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=1e-9)
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=1e-8)
+
+
+def test_the_learning_rate_rises_and_falls():
+    s = settings(schedule="triangle", lr=2.0, epochs=100)
+    rates = [train.learning_rate(s, moment) for moment in (0, 11.5, 23, 61.5, 100)]
+    assert rates == pytest.approx([0.4, 1.2, 2.0, 1.07, 0.14])
+
+
+def test_alternating_flips_turn_every_image_in_every_other_epoch():
+    dataset, s = shapes(40), settings(alternate=True, batch_size=40)
+    turned = []
+    for number in range(4):
+        batch, = train.batches(dataset.train, s, number, "order")
+        order = torch.randperm(40, generator=torch.Generator().manual_seed(train.stream(0, number, "order")))
+        plain = data.normalise(dataset.train.images[order])
+        same = (batch.images == plain).flatten(1).all(1)
+        assert ((batch.images == plain.flip(3)).flatten(1).all(1) ^ same).all()
+        turned.append(torch.empty(40, dtype=torch.bool).index_copy(0, order, ~same))
+    assert torch.equal(turned[0], ~turned[1]) and torch.equal(turned[0], turned[2]) and torch.equal(turned[1], turned[3])
+    assert 8 < turned[0].sum() < 32
+
+
+def test_v5_is_whitened_once_and_resumes_bit_for_bit(tiny, tmp_path, monkeypatch, capsys):
+    calls, whiten, train_epoch = itertools.count(1), models.whiten, train.train_epoch
+    seen = []
+    monkeypatch.setattr(models, "whiten", lambda model, images: (seen.append(images), whiten(model, images)))
+    flags = "--version", "v5-small", "--batch-size", "20", "--epochs", "3"
+    whole, = {run(tiny, tmp_path / "whole", *flags)}
+
+    def interrupted(*args):
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return train_epoch(*args)
+    monkeypatch.setattr(train, "train_epoch", interrupted)
+    with pytest.raises(SystemExit):
+        run(tiny, tmp_path / "half", *flags)
+    half, = (tmp_path / "half").iterdir()
+    assert fails("--resume", half, "--epochs", "4") == 2
+    assert "--epochs 4: with --schedule triangle the epochs that are done would have" in capsys.readouterr().err
+    assert train.main(["--resume", str(half)]) == 0
+    assert_equal(weights(half), weights(whole))
+    assert [{key: value for key, value in row.items() if "second" not in key} for row in log(half)] == [
+        {key: value for key, value in row.items() if "second" not in key} for row in log(whole)]
+    fixed = weights(whole)["encoder.0.fixed"]
+    assert len(seen) == 2 and all(len(images) == 60 for images in seen)  # all of them: few
+    rows = models.patches(seen[0]).flatten(0, 2).double()
+    outputs = rows @ fixed.permute(0, 2, 3, 1).flatten(1).T.double()
+    assert outputs[:, :12].square().mean(0).tolist() == pytest.approx([1] * 12, abs=0.3)  # less where small: 5e-4
+
+
+def test_every_setting_of_v5_is_one_of_v4_and_the_other_way_round(tiny, tmp_path, capsys):
+    new = ["--schedule", "triangle", "--shift", "1", "--alternate", "--label-smoothing", "0.1", "--nesterov",
+           "--decoder-rate", "0.5", "--lookahead"]
+    assert len(log(run(tiny, tmp_path, "--version", "v4", *new))) == 2
+    assert fails("--version", "v4", "--dataset", tiny, "--bias-rate", "64", "--output", tmp_path) == 2
+    assert "--bias-rate 64: the network has no BatchNorm; expected 1" in capsys.readouterr().err
+    small = data.shapes(train=20, test=10, side=16)
+    np.savez(tmp_path / "small.npz", x_train=small.train.images, y_train=small.train.labels, x_test=small.test.images,
+             y_test=small.test.labels)
+    for flags, message in ((["--shift", "16"], "--shift 16: expected less than the images' sides"),
+                           (["--labels", "9"], "--labels 9: expected at least one for each of 10 classes")):
+        assert fails("--dataset", tmp_path / "small.npz", *flags, "--output", tmp_path / "none") == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "none").exists()
+    run(tiny, tmp_path, "--version", "v5-small", "--batch-size", "20", "--encoder", "C(8)", "--classifier",
+        "C(8)>L'(10)")  # the recipe's rate has no effect there
+    folder = run(tiny, tmp_path, "--version", "v3", "--lookahead")
+    assert fails("--resume", folder, "--epochs", "3") == 2
+    assert "--epochs 3: with --lookahead the epochs that are done would have" in capsys.readouterr().err
+    assert len(log(run(tiny, tmp_path, "--version", "v5-small", "--schedule", "step", "--lr-step", "1", "--lr", "0.1",
+                       "--batch-size", "32", "--optimizer", "adam", "--skip", "--delta", "0.1", "--labels", "20"))) == 2
+
+
 def test_the_learning_rate_drops_in_steps():
     dataset, s, model, rates = shapes(8), settings(lr=0.5, lr_step=2, lr_decay=0.1), models.build("v3"), []
     optimizer = train.make_optimizer(model, s)
@@ -659,7 +773,8 @@ def test_a_run_folder_has_everything_and_agrees_with_itself(tiny, tmp_path, caps
     accuracies = [float(row["test_accuracy"]) for row in rows]
     best = max(range(2), key=lambda i: (accuracies[i], i))  # the last one where they tie
     assert metrics["accuracy"] == {"last": accuracies[-1], "best": accuracies[best], "best_epoch": best + 1,
-                                   "best_chosen_on": "test", "largest_class": 10.0}
+                                   "best_chosen_on": "test", "largest_class": 10.0,
+                                   "mirrored": metrics["accuracy"]["mirrored"]}
     assert metrics["parameters"] == 670_797
     assert metrics["reconstruction"]["mse"] == pytest.approx(float(rows[-1]["test_mse"]))
     assert torch.load(folder / "best.pt", weights_only=True)["epoch"] == best + 1
@@ -676,7 +791,7 @@ def test_a_run_folder_has_everything_and_agrees_with_itself(tiny, tmp_path, caps
 def test_best_pt_is_of_the_best_epoch_and_last_pt_of_the_last(tiny, tmp_path, monkeypatch):
     """The accuracies are given here: the second epoch's is the best one, and the resumed run's never."""
     accuracies, measure = iter([30.0, 50.0, 40.0, 45.0]), evaluate.measure
-    monkeypatch.setattr(evaluate, "measure", lambda *args: measure(*args) | {"accuracy": next(accuracies)})
+    monkeypatch.setattr(evaluate, "measure", lambda *args, **more: measure(*args, **more) | {"accuracy": next(accuracies)})
     folder = run(tiny, tmp_path, "--version", "v3", "--epochs", "3")
     assert train.main(["--resume", str(folder), "--epochs", "4"]) == 0
     folder, = tmp_path.iterdir()
@@ -746,7 +861,14 @@ def test_an_encoder_alone_gets_the_recipe_of_custom(tiny, tmp_path):
     (["--encoder", CUSTOM, "--no-decoder", "--beta", "1"], "--beta 1: custom has no decoder here"),
     (["--version", "cnn", "--labels", "5"], "--labels: has no effect"),
     (["--variant", "smote", "--labels", "5"], "--labels: has no effect"),
-    (["--version", "v3", "--kl", "1"], "needs an encoder that ends in N(n)")])
+    (["--version", "v3", "--kl", "1"], "needs an encoder that ends in N(n)"),
+    (["--version", "v5", "--lr-step", "3"], "--lr-step: has no effect here; expected --schedule step"),
+    (["--version", "v5", "--no-flip", "--alternate"], "--alternate: has no effect here; expected flips"),
+    (["--beta", "0", "--decoder-rate", "0.5"], "--decoder-rate: has no effect here; expected a decoder"),
+    (["--optimizer", "adam", "--nesterov"], "--nesterov: has no effect here; expected --optimizer sgd"),
+    (["--version", "v5", "--momentum", "0"], "--momentum 0: Nesterov's needs one above 0"),
+    (["--dataset", "svhn", "--alternate"], "--alternate: has no effect here; expected flips"),
+    (["--version", "cnn", "--label-smoothing", "0.1"], "--label-smoothing: has no effect here; expected --alpha")])
 def test_networks_and_settings_that_contradict_each_other_are_refused(flags, message, capsys):
     assert fails(*flags) == 2
     error = capsys.readouterr().err
@@ -1105,7 +1227,7 @@ def test_the_state_of_many_runs_is_one_line(tmp_path, monkeypatch, capsys):
 def test_the_progress_of_an_epoch_is_one_line_that_goes(monkeypatch, capsys):
     now = iter([0.0, 10.0, 10.1, 20.0, 30.0])
     monkeypatch.setattr(train.time, "time", lambda: next(now))
-    show = train.progress(3)
+    show = train.counter(3)
     for step in (1000, 1010, 2000, 3000):
         show(step, 3000)
     assert capsys.readouterr().out == (f"\repoch 3: step 1,000 of 3,000, 20 s left  "

@@ -245,7 +245,7 @@ TRAIN = [  # flags ({} is the folder of wrong things), a part of the answer
     ("--resume {}/run --epochs 3 --output {}/empty", "empty: a run resumes with its own settings"),
     ("--resume {}/run --epochs 3 --device warp", "--device warp: unavailable"),
     ("--resume {}/run --seeds 2", "--resume: resumes one run; leave out --sweep, --seeds"),
-    ("--resume {}/separate-run --epochs 6", "would move the parts of a separate training"),
+    ("--resume {}/separate-run --epochs 6", "with --separate the epochs that are done would have been others"),
     ("--resume {}/other-images --epochs 3", "the data set's images are"),
     ("--resume {}/no-data --epochs 3", "no data set '/nowhere/tiny.npz'"),
 ]
@@ -272,7 +272,7 @@ EVALUATE = [
     ("--ckpt {}/run/best.pt --knn 61", "--knn 61: more than the training images (60)"),
     ("--ckpt {}/run/best.pt --knn 1,55", "--knn 55: more than the training images (60)"),
     ("--ckpt {}/run/best.pt --anomaly ring", "the checkpoint was trained with that class; train one without it"),
-    ("--ckpt {}/run/best.pt --anomaly dog", "--anomaly dog: --classes"),
+    ("--ckpt {}/run/best.pt --anomaly dog", "--anomaly dog: no class 'dog'"),
     ("--ckpt {}/no-decoder.pt --anomaly dog", "--anomaly dog: the checkpoint's decoder is not trained (beta 0)"),
     ("--ckpt {}/run/best.pt --codes {}/nowhere/codes.npz", "expected a file named .npz to write in a folder that exists"),
     ("--ckpt {}/run/best.pt --codes {}/empty", "expected a file named .npz to write in a folder that exists"),
