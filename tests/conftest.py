@@ -1,4 +1,5 @@
 import json
+import multiprocessing.forkserver
 import os
 import subprocess
 import sys
@@ -87,24 +88,35 @@ class Done(NamedTuple):
     err: str
 
 
+@pytest.fixture(scope="session", autouse=True)
+def servers(tmp_path_factory):
+    """Starts at once the server of `python` and multiprocessing's: their imports, of seconds, take place while the
+    first tests run."""
+    if not hasattr(os, "fork"):
+        yield None
+        return
+    multiprocessing.forkserver.set_forkserver_preload(["train"])
+    multiprocessing.forkserver.ensure_running()
+    server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                              text=True, cwd=tmp_path_factory.mktemp("server"))
+    yield server
+    server.kill()
+    server.communicate()
+
+
 @pytest.fixture(scope="session")
-def python(tmp_path_factory):
+def python(servers):
     """python(program, *flags, folder, stdout): runs a file as `python program flags` in a folder, in a process of
     its own. stdout: "file"; "closed", as by >&-; or "pipe", whose reader has ended. Returns a Done."""
-    if not hasattr(os, "fork"):
+    if servers is None:
         pytest.skip("needs os.fork")
-    command = [sys.executable, "-c", SERVER]
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                              cwd=tmp_path_factory.mktemp("server"))
 
     def run(program, *flags, folder, stdout="file"):
         for name in ("out", "err"):
             (folder.parent / name).write_text("")
         job = {"argv": [str(program), *map(str, flags)], "folder": str(folder), "stdout": stdout}
-        server.stdin.write(json.dumps(job) + "\n")
-        server.stdin.flush()
-        status = int(server.stdout.readline())
+        servers.stdin.write(json.dumps(job) + "\n")
+        servers.stdin.flush()
+        status = int(servers.stdout.readline())
         return Done(status, (folder.parent / "out").read_text(), (folder.parent / "err").read_text())
-    yield run
-    server.stdin.close()
-    server.wait()
+    return run

@@ -193,7 +193,7 @@ def test_the_pretended_backward_is_the_real_one():
     assert all(torch.equal(one, other) for one, other in zip(*found))
 
 
-@pytest.mark.parametrize("version", models.VERSIONS)
+@pytest.mark.parametrize("version", sorted(set(models.VERSIONS) - {"v5", "v5-large"}))  # v5-small in other widths
 @simulated_cuda
 def test_an_epoch_of_every_version_stays_on_the_device(version):
     """Forward, backward and the optimizer: no tensor from elsewhere, and no wait for each step."""

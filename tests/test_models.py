@@ -60,7 +60,8 @@ def test_v1_encoder_alone_written_out_in_numbers():
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (3, 64, 64), (3, 33, 45)])
-@pytest.mark.parametrize("version", [name for name, v in models.VERSIONS.items() if v.decoder == "mirror"])
+@pytest.mark.parametrize("version", [name for name, v in models.VERSIONS.items()
+                                     if v.decoder == "mirror" and name not in ("v5", "v5-large")])  # other widths
 def test_the_mirror_gives_every_shape_back(version, shape):
     if version.startswith("v1") and shape[1] > 40:
         shape = (1, 45, 33)  # the same question, a tenth of the weights
@@ -410,6 +411,8 @@ def test_a_standard_network_takes_other_sizes(version, size):
     ("mobilenet", "mobilenet_v2-b0353104.pth"), ("squeezenet", "squeezenet1_1-b8a52dc0.pth")])
 def test_pretrained_weights_come_from_torchs_cache(version, file, tmp_path, monkeypatch):
     """A file of the right name and shapes, each tensor filled with a different number."""
+    for name in ("normal_", "uniform_", "kaiming_normal_", "kaiming_uniform_"):  # VGG16 has 138 million weights
+        monkeypatch.setattr(nn.init, name, lambda tensor, *_, **__: tensor)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with torch.device("meta"):
         state = get_model(models.VERSIONS[version].encoder).state_dict()

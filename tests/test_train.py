@@ -904,7 +904,7 @@ def running_variance(model):
 @pytest.mark.parametrize("flags, find, value", [
     (["--version", "v3"], last_weight, math.inf), (["--version", "v3"], last_weight, math.nan),
     (["--version", "v3", "--beta", "0"], last_weight, 1e38),
-    (["--version", "mobilenet", "--no-pretrained", "--size", "32"], running_variance, math.inf)])
+    (["--version", "v5-small", "--batch-size", "32"], running_variance, math.inf)])
 def test_an_explosion_in_the_last_step_of_an_epoch_keeps_the_last_good_epoch(flags, find, value, tiny, tmp_path,
                                                                              capsys, monkeypatch):
     """No loss of the epoch tells it: each is computed before the step."""
