@@ -412,7 +412,7 @@ def test_a_standard_network_takes_other_sizes(version, size):
 def test_pretrained_weights_come_from_torchs_cache(version, file, tmp_path, monkeypatch):
     """A file of the right name and shapes, each tensor filled with a different number."""
     for name in ("normal_", "uniform_", "kaiming_normal_", "kaiming_uniform_"):  # VGG16 has 138 million weights
-        monkeypatch.setattr(nn.init, name, lambda tensor, *_, **__: tensor)
+        monkeypatch.setattr(nn.init, name, lambda tensor, *_, **__: nn.init.zeros_(tensor))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with torch.device("meta"):
         state = get_model(models.VERSIONS[version].encoder).state_dict()
