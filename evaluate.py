@@ -1161,7 +1161,7 @@ def numbers(text):
 
 def fail(message):
     """An ArgumentParser's `error`."""
-    raise UsageError(message)
+    raise UsageError(f"{message}; -h lists all flags" if "arguments" in message else message)
 
 
 def make_parser():

@@ -885,9 +885,9 @@ def reopen(given, folder):
     s.device, s.data_dir = given.get("device", s.device), given.get("data_dir", s.data_dir)
     s.epochs = given.get("epochs", s.epochs)
     if s.epochs < done:
-        raise UsageError(f"--epochs {s.epochs}: {done} epochs are done")
+        raise UsageError(f"--epochs {s.epochs}: epochs that are done: {done}")
     if s.epochs == done and evaluate.finished(folder):
-        raise UsageError(f"--resume {folder}: its {done} epochs are done; --epochs N lengthens it")
+        raise UsageError(f"--resume {folder}: all {done} of its epochs are done; --epochs N lengthens it")
     return s, state, model
 
 
@@ -996,6 +996,11 @@ def announce(s, dataset, model, folder):
     weights = ", ".join(f"{flag} {weight:g}" for flag, weight in evaluate.loss_weights(s).items()
                         if weight or flag in ("alpha", "beta"))
     print(f"epochs {s.epochs}, batch {s.batch_size}, {s.optimizer} lr {s.lr:g}, {weights}, seed {s.seed}")
+    also = differences(s, {name: DEFAULTS[name] for name in (
+        "noise", "rotate", "shift", "alternate", "label_smoothing", "nesterov", "schedule", "decoder_rate", "bias_rate",
+        "lookahead")})
+    if also:
+        print(f"also: {', '.join(also)}")
     if s.separate:
         first = phases(s)[0].end
         print(f"epochs 1 to {first}: the autoencoder alone; {first + 1} to {s.epochs}: the classifier on its "

@@ -250,6 +250,8 @@ def test_every_setting_of_v5_is_one_of_v4_and_the_other_way_round(tiny, tmp_path
     new = ["--schedule", "triangle", "--shift", "1", "--alternate", "--label-smoothing", "0.1", "--nesterov",
            "--decoder-rate", "0.5", "--lookahead"]
     assert len(log(run(tiny, tmp_path, "--version", "v4", *new))) == 2
+    assert ("also: shift1, alternate, label-smoothing0.1, nesterov, schedule-triangle, decoder-rate0.5, lookahead\n"
+            in capsys.readouterr().out)
     assert fails("--version", "v4", "--dataset", tiny, "--bias-rate", "64", "--output", tmp_path) == 2
     assert "--bias-rate 64: the network has no BatchNorm; expected 1" in capsys.readouterr().err
     small = data.shapes(train=20, test=10, side=16)
@@ -997,7 +999,7 @@ def test_a_run_resumes_on_its_own_data_alone(what, change, tiny, tmp_path, capsy
 
 def test_a_run_that_is_not_done_is_not_repeated_and_not_shortened(tiny, tmp_path, capsys):
     folder = run(tiny, tmp_path, "--version", "v3", "--lr", "0.02")
-    for flags, message in ((["--epochs", "1"], "2 epochs are done"), ([], "its 2 epochs are done; --epochs N"),
+    for flags, message in ((["--epochs", "1"], "epochs that are done: 2"), ([], "all 2 of its epochs are done; --epochs N"),
                            (["--epochs", "3", "--lr", "0.1"], "--lr 0.1: a run resumes with its own settings, here"),
                            (["--seeds", "2"], "--resume: resumes one run")):
         assert fails("--resume", folder, *flags) == 2
