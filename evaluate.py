@@ -598,7 +598,7 @@ def read_run(folder):
                     for row in csv.DictReader(file)]
         best_row(rows)["train_classifier"]
         config, metrics = (json.loads((folder / name).read_text()) for name in ("config.json", "metrics.json"))
-        if not finished(folder):
+        if metrics["epochs"] != config["settings"]["epochs"]:
             raise ValueError
         return Run(folder.resolve(), config["settings"] | {"precision": config["precision"]}, rows, metrics)
     except (OSError, KeyError, ValueError, IndexError, TypeError) as error:

@@ -343,6 +343,10 @@ def _identity_conv(c, n):
     return conv
 
 
+def _pointwise_mirror(before, after):
+    return [nn.Conv2d(after[0], before[0], 1)]  # faster than a transposed one
+
+
 KINDS = {
     "C": Kind(  # ReLU after the pool, not before: the same values from a quarter of the work
         lambda n, c, h, w: ([nn.Conv2d(c, n, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()], (n, h // 2, w // 2)),
@@ -358,12 +362,10 @@ KINDS = {
     "L'": Kind(lambda n, features: ([nn.Linear(features, n)], (n,)), _linear_mirror, "vector"),
     # Autoencoder makes a code of n values from the 2n.
     "N": Kind(lambda n, features: ([nn.Linear(features, 2 * n)], (n,)), _linear_mirror, "vector"),
-    "W": Kind(lambda n, c, h, w: ([WhiteningConv2d(c, n), nn.GELU()], (n, h, w)),
-              lambda before, after: [nn.Conv2d(after[0], before[0], 1)]),  # faster than a transposed one
+    "W": Kind(lambda n, c, h, w: ([WhiteningConv2d(c, n), nn.GELU()], (n, h, w)), _pointwise_mirror),
     "B": Kind(lambda n, c, h, w: ([_identity_conv(c, n), nn.MaxPool2d(2), BatchNorm2d(n), nn.GELU()],
                                   (n, h // 2, w // 2)), _doubling_mirror),
-    "B'": Kind(lambda n, c, h, w: ([_identity_conv(c, n), BatchNorm2d(n), nn.GELU()], (n, h, w)),
-               lambda before, after: [nn.Conv2d(after[0], before[0], 1)]),
+    "B'": Kind(lambda n, c, h, w: ([_identity_conv(c, n), BatchNorm2d(n), nn.GELU()], (n, h, w)), _pointwise_mirror),
     "D": Kind(lambda p, *shape: ([Dropout(p)], shape), lambda before, after: [], "either"),
     "A": Kind(lambda n, c, h, w: ([_pool((h, w), (n, n), nn.AvgPool2d, nn.AdaptiveAvgPool2d)], (c, n, n)), None),
     "M": Kind(lambda n, c, h, w: ([_pool((h, w), (n, n), nn.MaxPool2d, nn.AdaptiveMaxPool2d)], (c, n, n)), None),

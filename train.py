@@ -437,8 +437,9 @@ def train_epoch(model, dataset, optimizer, s, epoch, show=None, net=None):
     history, seen = torch.zeros(count, len(columns), device=device), [0] * len(columns)
     pull = lookahead(model) if s.lookahead else None
     for step, (batch, labelled, order) in enumerate(steps):
+        lr = learning_rate(s, epoch + step / count)
         for group, rate in zip(optimizer.param_groups, optimizer.rates):
-            group["lr"] = rate * learning_rate(s, epoch + step / count)
+            group["lr"] = rate * lr
         tensors = step_tensors(net or model, batch, labelled, order, s, wanted, noise)
         loss, values = losses.weighted_loss(fair_weights(weights, batch, labelled), **tensors,
                                             class_weights=class_weights)
