@@ -712,7 +712,7 @@ def collect(paths):
 
 
 # Other settings that are newer than some runs, with their defaults in train.py.
-LATER = dict(shift=0, label_smoothing=0.0, schedule="step", decoder_rate=1.0, bias_rate=1.0)
+LATER = dict(shift=0, label_smoothing=0.0, schedule="step", decoder_rate=1.0)
 
 
 def kind_of(settings, *ignored):

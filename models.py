@@ -18,10 +18,10 @@ Tokens are joined by `>`; where a map meets a linear layer it is flattened.
     N(n)    linear to n means and n log-variances, the last of   linear
             an encoder; the code is drawn from that normal
             distribution in training, else it is the mean
-    W(n)    2x2 conv to n channels, GELU, an encoder's first;    1x1 conv
-            the first filters are fixed by `whiten`
+    W(n)    2x2 conv to n channels, hardswish, an encoder's      1x1 conv
+            first; its first filters are fixed by `whiten`
     B(n)    3x3 conv to n channels without bias, max-pool,       2x2 transposed conv, stride 2
-            batch norm, GELU
+            batch norm, hardswish
     B'(n)   the same without the pool                            1x1 conv
     D(p)    dropout with probability p                           nothing
     A(n)    average-pool to an n x n map; M(n): max-pool         none: for classifiers
@@ -362,10 +362,10 @@ KINDS = {
     "L'": Kind(lambda n, features: ([nn.Linear(features, n)], (n,)), _linear_mirror, "vector"),
     # Autoencoder makes a code of n values from the 2n.
     "N": Kind(lambda n, features: ([nn.Linear(features, 2 * n)], (n,)), _linear_mirror, "vector"),
-    "W": Kind(lambda n, c, h, w: ([WhiteningConv2d(c, n), nn.GELU()], (n, h, w)), _pointwise_mirror),
-    "B": Kind(lambda n, c, h, w: ([_identity_conv(c, n), nn.MaxPool2d(2), BatchNorm2d(n), nn.GELU()],
+    "W": Kind(lambda n, c, h, w: ([WhiteningConv2d(c, n), nn.Hardswish()], (n, h, w)), _pointwise_mirror),
+    "B": Kind(lambda n, c, h, w: ([_identity_conv(c, n), nn.MaxPool2d(2), BatchNorm2d(n), nn.Hardswish()],
                                   (n, h // 2, w // 2)), _doubling_mirror),
-    "B'": Kind(lambda n, c, h, w: ([_identity_conv(c, n), BatchNorm2d(n), nn.GELU()], (n, h, w)), _pointwise_mirror),
+    "B'": Kind(lambda n, c, h, w: ([_identity_conv(c, n), BatchNorm2d(n), nn.Hardswish()], (n, h, w)), _pointwise_mirror),
     "D": Kind(lambda p, *shape: ([Dropout(p)], shape), lambda before, after: [], "either"),
     "A": Kind(lambda n, c, h, w: ([_pool((h, w), (n, n), nn.AvgPool2d, nn.AdaptiveAvgPool2d)], (c, n, n)), None),
     "M": Kind(lambda n, c, h, w: ([_pool((h, w), (n, n), nn.MaxPool2d, nn.AdaptiveMaxPool2d)], (c, n, n)), None),
@@ -462,7 +462,7 @@ def written_out(notation, code_shape, in_shape):
     shape = steps[-1].after
     if len(shape) != 3 or shape[0] != in_shape[0]:
         raise NotationError(f"{notation!r} ends in {_text(shape)}; expected the images' {in_shape[0]} channels")
-    if isinstance(modules[-1], (nn.ReLU, nn.GELU)):
+    if isinstance(modules[-1], (nn.ReLU, nn.Hardswish)):
         modules.pop()
     if shape != in_shape:
         modules.append(nn.Upsample(in_shape[1:], mode="bilinear", align_corners=False))

@@ -162,14 +162,12 @@ SETTINGS = {
         Setting("optimizer", "sgd", tuple(OPTIMIZERS), "", ""),
         Setting("lr", 0.01, POSITIVE, "X", "learning rate"),
         Setting("momentum", 0.9, Number(float, 0, 1), "X", "of sgd"),
-        Setting("nesterov", False, bool, "", "Nesterov's momentum, of sgd"),
         Setting("weight_decay", 1e-4, Number(float, 0), "X", ""),
         Setting("schedule", "step", ("step", "triangle"), "", "of the learning rate: step, or triangle: from a "
                 "fifth of --lr up to it in 0.23 of the steps, then down to 0.07 of it"),
         Setting("lr_step", 10, COUNT, "N", "multiply the learning rate every N epochs ..."),
         Setting("lr_decay", 0.1, Number(float, 0, 1, above=True), "X", "... by this"),
         Setting("decoder_rate", 1.0, POSITIVE, "X", "the decoder's learning rate, as a multiple of --lr"),
-        Setting("bias_rate", 1.0, POSITIVE, "X", "that of batch norms' biases; their weight decay is divided by it"),
         Setting("lookahead", False, bool, "", "every five steps, replace the weights by their running average"),
         Setting("epochs", 40, COUNT, "N", ""),
         Setting("batch_size", 32, COUNT, "N", "images per step, of all processes together"),
@@ -208,9 +206,8 @@ OTHERS = dict(scale="0..1", flip=False, alpha=0.0, optimizer="adam", lr=0.001, w
 JOINT = OTHERS | dict(scale="-1..1", classes=["automobile", "cat", "dog", "horse", "truck"], rotate=10.0,
                       noise=0.05, clean_test=True, alpha=0.1, epochs=10)  # 0.05 of 0-1 is 0.1 of -1..1
 FASHION = OTHERS | dict(dataset="fashionmnist", epochs=30, batch_size=64)
-V5 = dict(beta=0.2, label_smoothing=0.2, shift=2, alternate=True, lr=0.73, momentum=0.85, nesterov=True,
-          weight_decay=0.00133, schedule="triangle", decoder_rate=0.2, bias_rate=64.0, lookahead=True, epochs=10,
-          batch_size=500)
+V5 = dict(beta=0.2, label_smoothing=0.2, shift=2, alternate=True, lr=0.73, momentum=0.85,
+          weight_decay=0.00133, schedule="triangle", decoder_rate=0.2, lookahead=True, epochs=10, batch_size=500)
 KINDS, LATENT = ["mlp", "combo", "cnn"], ["cnn10", "cnn32", "cnn100", "cnn1000"]
 DEPTHS = ["cnnL1", "cnnL3", "cnnL5", "cnnL10"]
 RECIPES = dict.fromkeys([*models.VERSIONS, "custom"], {}) | {
@@ -321,17 +318,14 @@ def make_optimizer(model, s):
     parameters = [p for p in model.parameters() if p.requires_grad]
     device = parameters[0].device.type
     fused = device == "cpu" or (device == "cuda" and s.optimizer != "adagrad")
-    momentum = dict(momentum=s.momentum, nesterov=s.nesterov) if s.optimizer == "sgd" else {}
+    momentum = {"momentum": s.momentum} if s.optimizer == "sgd" else {}
     decoder = set(model.decoder.parameters()) if model.decoder is not None and s.decoder_rate != 1 else set()
-    biases = {layer.bias for layer in model.modules() if isinstance(layer, torch.nn.BatchNorm2d)
-              } if s.bias_rate != 1 else set()
-    groups = [([p for p in parameters if p not in decoder | biases], 1.0, s.weight_decay),
-              ([p for p in parameters if p in decoder - biases], s.decoder_rate, s.weight_decay),
-              ([p for p in parameters if p in biases], s.bias_rate, s.weight_decay / s.bias_rate)]
-    groups = [group for group in groups if group[0]]
-    optimizer = OPTIMIZERS[s.optimizer]([dict(params=group, weight_decay=decay + s.gamma)
-                                         for group, _, decay in groups], lr=s.lr, fused=fused or None, **momentum)
-    optimizer.rates = [rate for _, rate, _ in groups]  # of each group, as multiples of the learning rate
+    groups = [(1.0, [p for p in parameters if p not in decoder]),
+              (s.decoder_rate, [p for p in parameters if p in decoder])]
+    groups = [(rate, group) for rate, group in groups if group]
+    optimizer = OPTIMIZERS[s.optimizer]([dict(params=group) for _, group in groups], lr=s.lr, fused=fused or None,
+                                        weight_decay=s.weight_decay + s.gamma, **momentum)
+    optimizer.rates = [rate for rate, _ in groups]  # of each group, as multiples of the learning rate
     return optimizer
 
 
@@ -809,8 +803,6 @@ def check_training(s, given):
     if s.separate and not (evaluate.classifies(s) and evaluate.rebuilds(s)):
         raise UsageError("--separate: trains a decoder and then a classifier; expected alpha and beta (or delta) "
                          "above 0, and a decoder")
-    if s.nesterov and s.optimizer == "sgd" and not s.momentum:
-        raise UsageError("--momentum 0: Nesterov's needs one above 0; expected --no-nesterov beside it")
     if s.separate and s.epochs < 2:
         raise UsageError(f"--epochs {s.epochs}: --separate has two parts; expected at least 2")
     for flag, needs, has in (
@@ -821,7 +813,6 @@ def check_training(s, given):
             ("labels", "--alpha above 0", s.alpha), ("label_smoothing", "--alpha above 0", s.alpha),
             ("alternate", "flips", (s.flip and s.dataset not in data.NEVER_FLIPPED) or not s.alternate),
             ("decoder_rate", "a decoder that is trained", evaluate.rebuilds(s)),
-            ("nesterov", "--optimizer sgd", s.optimizer == "sgd" or not s.nesterov),
             ("lr_step", "--schedule step", s.schedule == "step"),
             ("lr_decay", "--schedule step", s.schedule == "step"),
             ("momentum", "--optimizer sgd", s.optimizer == "sgd"),
@@ -955,8 +946,6 @@ def prepare(s, model=None):
     if smallest < processes:
         raise UsageError(f"{len(dataset.train.labels)} training images in batches of {s.batch_size}: expected at "
                          f"least one in each batch for each of {processes} processes")
-    if s.bias_rate not in (1, recipe(s.version)["bias_rate"]) and not normalised:
-        raise UsageError(f"--bias-rate {s.bias_rate:g}: the network has no BatchNorm; expected 1")
     if s.shift >= min(dataset.train.images.shape[2:]):
         raise UsageError(f"--shift {s.shift}: expected less than the images' sides")
     if smallest < 2 * processes and normalised:
@@ -998,8 +987,7 @@ def announce(s, dataset, model, folder):
                         if weight or flag in ("alpha", "beta"))
     print(f"epochs {s.epochs}, batch {s.batch_size}, {s.optimizer} lr {s.lr:g}, {weights}, seed {s.seed}")
     also = differences(s, {name: DEFAULTS[name] for name in (
-        "noise", "rotate", "shift", "alternate", "label_smoothing", "nesterov", "schedule", "decoder_rate", "bias_rate",
-        "lookahead")})
+        "noise", "rotate", "shift", "alternate", "label_smoothing", "schedule", "decoder_rate", "lookahead")})
     if also:
         print(f"also: {', '.join(also)}")
     if s.separate:

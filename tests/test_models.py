@@ -96,7 +96,7 @@ def test_no_decoder_and_written_decoder():
     written = build(Version("C(8)>C(8)", decoder="T(4)>T(3)"))
     assert not isinstance(written.decoder[-1], nn.ReLU)  # none after the last layer
     assert written(images)[1].shape == images.shape and written(images)[0] is None
-    assert not isinstance(build(Version("C(8)", decoder="T(8)>B'(3)")).decoder[-1], nn.GELU)
+    assert not isinstance(build(Version("C(8)", decoder="T(8)>B'(3)")).decoder[-1], nn.Hardswish)
 
 
 def test_the_decoder_does_not_touch_the_other_weights():
@@ -314,12 +314,12 @@ def test_a_temperature_that_is_none_is_refused(temperature):
 
 
 def test_a_new_block_hands_its_channels_on():
-    """Its first filters are the identity: at the start B'(n) is the batch norm and GELU of what it reads."""
+    """Its first filters are the identity: at the start B'(n) is the batch norm and hardswish of what it reads."""
     x = torch.randn(4, 5, 6, 6)
     (conv, norm, act), _ = models.layers("B'(9)", (5, 6, 6))
     torch.testing.assert_close(conv(x)[:, :5], x)
     expected = (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()
-    torch.testing.assert_close(act(norm(conv(x)))[:, :5], F.gelu(expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(act(norm(conv(x)))[:, :5], F.hardswish(expected), rtol=1e-4, atol=1e-5)
     assert [name for name, _ in norm.named_parameters()] == ["bias"] and conv.bias is None
     torch.testing.assert_close(norm.running_mean, 0.4 * conv(x).mean((0, 2, 3)))
     (narrow, *_), _ = models.layers("B(3)", (5, 6, 6))

@@ -155,8 +155,7 @@ def test_fifty_steps_are_the_plain_formulation(version, optimizer, lr, dtype, to
 
 
 def test_the_steps_of_v5_are_the_plain_formulation(steps, monkeypatch):
-    """Nesterov's momentum, a rate for each step and each part, smoothed labels and the running average, against
-    their formulas; the second epoch of three, 12 steps of 5 images."""
+    """A rate for each step and each part, smoothed labels and the running average, against their formulas; the second epoch of three, 12 steps of 5 images."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     dataset, m, decay = shapes(60, side=16), 0.85, 0.00133
     s = settings(**train.RECIPES["v5-small"] | dict(batch_size=5, epochs=3, lr=0.02))
@@ -179,13 +178,10 @@ def test_the_steps_of_v5_are_the_plain_formulation(steps, monkeypatch):
         done = (1 + step / 12) / 3  # of the run, before this step; the peak is at 0.23
         rate = 0.02 * (1 + (done - 0.23) / 0.77 * (0.07 - 1))
         for name, weight in plain.named_parameters():
-            norm = name.endswith("bias") and weight.shape in ((32,), (128,)) and ".".join(
-                [name.rpartition(".")[0], "running_mean"]) in average
-            factor = 64 if norm else 0.2 if name.startswith("decoder") else 1
+            factor = 0.2 if name.startswith("decoder") else 1
             with torch.no_grad():
-                gradient = weight.grad + decay / (64 if norm else 1) * weight
-                buffers[name] = m * buffers.get(name, 0) + gradient
-                weight -= rate * factor * (gradient + m * buffers[name])
+                buffers[name] = m * buffers.get(name, 0) + weight.grad + decay * weight
+                weight -= rate * factor * buffers[name]
         if step in (4, 9, 11):
             keep = 0.95 ** (2 if step == 11 else 5) * ((1 + (step + 1) / 12) / 3) ** 3
             for name, tensor in plain.state_dict().items():
@@ -247,13 +243,11 @@ def test_v5_is_whitened_once_and_resumes_bit_for_bit(tiny, tmp_path, monkeypatch
 
 
 def test_every_setting_of_v5_is_one_of_v4_and_the_other_way_round(tiny, tmp_path, capsys):
-    new = ["--schedule", "triangle", "--shift", "1", "--alternate", "--label-smoothing", "0.1", "--nesterov",
-           "--decoder-rate", "0.5", "--lookahead"]
+    new = ["--schedule", "triangle", "--shift", "1", "--alternate", "--label-smoothing", "0.1", "--decoder-rate",
+           "0.5", "--lookahead"]
     assert len(log(run(tiny, tmp_path, "--version", "v4", *new))) == 2
-    assert ("also: shift1, alternate, label-smoothing0.1, nesterov, schedule-triangle, decoder-rate0.5, lookahead\n"
+    assert ("also: shift1, alternate, label-smoothing0.1, schedule-triangle, decoder-rate0.5, lookahead\n"
             in capsys.readouterr().out)
-    assert fails("--version", "v4", "--dataset", tiny, "--bias-rate", "64", "--output", tmp_path) == 2
-    assert "--bias-rate 64: the network has no BatchNorm; expected 1" in capsys.readouterr().err
     small = data.shapes(train=20, test=10, side=16)
     np.savez(tmp_path / "small.npz", x_train=small.train.images, y_train=small.train.labels, x_test=small.test.images,
              y_test=small.test.labels)
@@ -867,8 +861,6 @@ def test_an_encoder_alone_gets_the_recipe_of_custom(tiny, tmp_path):
     (["--version", "v5", "--lr-step", "3"], "--lr-step: has no effect here; expected --schedule step"),
     (["--version", "v5", "--no-flip", "--alternate"], "--alternate: has no effect here; expected flips"),
     (["--beta", "0", "--decoder-rate", "0.5"], "--decoder-rate: has no effect here; expected a decoder"),
-    (["--optimizer", "adam", "--nesterov"], "--nesterov: has no effect here; expected --optimizer sgd"),
-    (["--version", "v5", "--momentum", "0"], "--momentum 0: Nesterov's needs one above 0"),
     (["--dataset", "svhn", "--alternate"], "--alternate: has no effect here; expected flips"),
     (["--version", "cnn", "--label-smoothing", "0.1"], "--label-smoothing: has no effect here; expected --alpha")])
 def test_networks_and_settings_that_contradict_each_other_are_refused(flags, message, capsys):
