@@ -214,7 +214,7 @@ RECIPES = dict.fromkeys([*models.VERSIONS, "custom"], {}) | {
     "v2.3": dict(size=64), "v4": dict(gamma=0.001), "v4-stride2": dict(gamma=0.001),
     "v5-small": V5 | dict(epochs=5), "v5": V5, "v5-large": V5 | dict(epochs=40),
     "vgg": STANDARD, "resnet": STANDARD, "mobilenet": STANDARD, "squeezenet": STANDARD,
-    "joint5": JOINT, "cnn6": JOINT | dict(classes=None, alpha=1.0, beta=0.0),
+    "joint5": JOINT, "cnn6": dict(beta=0.0),
     **dict.fromkeys([*KINDS, *LATENT, *DEPTHS], OTHERS),
     "mnist": OTHERS | dict(dataset="mnist", alpha=1.0, weight_decay=0.01, first_share=2 / 3, first_decay=0.0),
     "fashion-mlp": FASHION, "fashion-cnn": FASHION, "vae": FASHION | dict(kl=0.02),

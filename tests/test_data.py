@@ -783,7 +783,8 @@ def test_moved_images_are_reflected_at_their_borders():
 
 def test_shifts_are_drawn_for_each_image_and_leave_the_other_draws():
     split = data.shapes(train=400, test=10).train
-    plain, shifted = (torch.cat([images for images, _ in data.batches(split, 64, epoch_seed=3, flip=True, shifts=shifts)])
+    plain, shifted = (torch.cat([images for images, _ in
+                                 data.batches(split, 64, epoch_seed=3, flip=True, shifts=shifts)])
                       for shifts in (0, 1))
     moves = {(down, right): data.move(plain, torch.tensor([[down, right]]).expand(400, 2))
              for down in (-1, 0, 1) for right in (-1, 0, 1)}

@@ -572,7 +572,8 @@ def write_run(folder, accuracy=None, psnr=20.0, epochs=2, **changes):
         for epoch in range(1, epochs + 1):
             row = {"epoch": epoch, "test_accuracy": accuracy, "test_mse": 0.01}
             writer.writerow(dict.fromkeys(COLUMNS, 1 / epoch) | row)
-    metrics = {"epochs": epochs, "reconstruction": {"mse": 0.01, "psnr": psnr} if psnr else None, "code": 256, "parameters": 1234,
+    metrics = {"epochs": epochs, "reconstruction": {"mse": 0.01, "psnr": psnr} if psnr else None,
+               "code": 256, "parameters": 1234,
                "megabytes": 0.005, "seconds_per_epoch": 1.0}
     if accuracy is not None:
         metrics["accuracy"] = {"last": accuracy, "best": accuracy + 1}

@@ -155,7 +155,8 @@ def test_fifty_steps_are_the_plain_formulation(version, optimizer, lr, dtype, to
 
 
 def test_the_steps_of_v5_are_the_plain_formulation(steps, monkeypatch):
-    """A rate for each step and each part, smoothed labels and the running average, against their formulas; the second epoch of three, 12 steps of 5 images."""
+    """A rate for each step and each part, smoothed labels and the running average, against their formulas;
+    the second epoch of three, 12 steps of 5 images."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     dataset, m, decay = shapes(60, side=16), 0.85, 0.00133
     s = settings(**train.RECIPES["v5-small"] | dict(batch_size=5, epochs=3, lr=0.02))
@@ -210,7 +211,8 @@ def test_alternating_flips_turn_every_image_in_every_other_epoch():
         same = (batch.images == plain).flatten(1).all(1)
         assert ((batch.images == plain.flip(3)).flatten(1).all(1) ^ same).all()
         turned.append(torch.empty(40, dtype=torch.bool).index_copy(0, order, ~same))
-    assert torch.equal(turned[0], ~turned[1]) and torch.equal(turned[0], turned[2]) and torch.equal(turned[1], turned[3])
+    assert torch.equal(turned[0], ~turned[1])
+    assert torch.equal(turned[0], turned[2]) and torch.equal(turned[1], turned[3])
     assert 8 < turned[0].sum() < 32
 
 
@@ -787,7 +789,8 @@ def test_a_run_folder_has_everything_and_agrees_with_itself(tiny, tmp_path, caps
 def test_best_pt_is_of_the_best_epoch_and_last_pt_of_the_last(tiny, tmp_path, monkeypatch):
     """The accuracies are given here: the second epoch's is the best one, and the resumed run's never."""
     accuracies, measure = iter([30.0, 50.0, 40.0, 45.0]), evaluate.measure
-    monkeypatch.setattr(evaluate, "measure", lambda *args, **more: measure(*args, **more) | {"accuracy": next(accuracies)})
+    monkeypatch.setattr(evaluate, "measure",
+                        lambda *args, **more: measure(*args, **more) | {"accuracy": next(accuracies)})
     folder = run(tiny, tmp_path, "--version", "v3", "--epochs", "3")
     assert train.main(["--resume", str(folder), "--epochs", "4"]) == 0
     folder, = tmp_path.iterdir()
@@ -991,7 +994,8 @@ def test_a_run_resumes_on_its_own_data_alone(what, change, tiny, tmp_path, capsy
 
 def test_a_run_that_is_not_done_is_not_repeated_and_not_shortened(tiny, tmp_path, capsys):
     folder = run(tiny, tmp_path, "--version", "v3", "--lr", "0.02")
-    for flags, message in ((["--epochs", "1"], "epochs that are done: 2"), ([], "all 2 of its epochs are done; --epochs N"),
+    for flags, message in ((["--epochs", "1"], "epochs that are done: 2"),
+                           ([], "all 2 of its epochs are done; --epochs N"),
                            (["--epochs", "3", "--lr", "0.1"], "--lr 0.1: a run resumes with its own settings, here"),
                            (["--seeds", "2"], "--resume: resumes one run")):
         assert fails("--resume", folder, *flags) == 2
