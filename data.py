@@ -36,7 +36,7 @@ from torchvision.utils import make_grid
 
 
 class DataError(ValueError):
-    """A data set that is unavailable or unusable; one line that names the file or value and the way out."""
+    """A data set that is unavailable or unusable; one line that names the file or value and says what to do."""
 
 
 class _Missing(DataError):
@@ -102,6 +102,12 @@ def load(dataset=None, data_dir="data", *, size=None, classes=None, train_size=N
     `hold_out` val_share, `vary` by variant and constrain, `take` labels of the training images as .labelled,
     `blurred`. Raises DataError; that of a step starts with its flag.
     """
+    for flag, count in (("train-size", train_size), ("test-size", test_size), ("labels", labels)):
+        if count is not None and count < 1:
+            raise DataError(f"--{flag} {count}: expected at least 1")
+    if constrain and variant == "complete":
+        raise DataError("--constrain: has no effect without --variant other than complete")
+
     def step(flag, change, *arguments):
         try:
             return change(*arguments)
@@ -171,6 +177,8 @@ def _read_named(name, root, test_only, download):
     make, files, *arguments = NAMES[name]
     splits = []
     try:
+        if name == "svhn" and download:
+            import scipy.io  # noqa: F401  (without it torchvision cannot read what it downloads)
         for each in arguments[test_only:]:
             subset = make(root, download=download, **each)
             classes = list(getattr(subset, "classes", map(str, range(10))))
@@ -293,8 +301,11 @@ def read_image(path, channels=3, fit=None):
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 image = ImageOps.exif_transpose(image)
-                if image.mode.startswith("I"):  # 16 bits a pixel
-                    image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+                if image.mode.startswith("I"):
+                    wide = np.asarray(image)
+                    if wide.min() < 0 or wide.max() > 65535:
+                        raise ValueError("more than 16 bits a pixel")
+                    image = Image.fromarray((wide // 256).astype(np.uint8))
                 if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
                     image = image.convert("RGBA")
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -624,8 +635,8 @@ def hold_out(split, share, seed):
 def choose(dataset, names):
     """The Dataset of the classes of those names alone, renumbered in the set's order. Raises DataError."""
     unknown = set(names) - set(dataset.classes)
-    if unknown:
-        raise DataError(f"no class {sorted(unknown)[0]!r}; expected some of {dataset.name}'s: "
+    if unknown or len(set(names)) < len(names):
+        raise DataError(f"{f'no class {sorted(unknown)[0]!r}' if unknown else 'a class twice'}; expected some of {dataset.name}'s: "
                         f"{','.join(dataset.classes)}")
     kept = [label for label, name in enumerate(dataset.classes) if name in names]
     number = torch.full((len(dataset.classes),), -1)
@@ -716,6 +727,8 @@ def vary(split, classes, variant, shares, seed):
     one, "oversampled" repeats images up to the largest one, "smote" adds synthetic ones. Returns the Split and
     how many of its images, the last ones, are synthetic. Raises DataError.
     """
+    if variant not in VARIANTS:
+        raise DataError(f"expected one of {' '.join(VARIANTS)}")
     if variant == "complete":
         return split, 0
     if shares is None:
@@ -723,12 +736,14 @@ def vary(split, classes, variant, shares, seed):
     unknown = set(shares) - set(classes)
     if unknown:
         raise DataError(f"no class {sorted(unknown)[0]!r}; there are {' '.join(classes)}")
+    if not all(0 < share <= 1 for share in shares.values()):
+        raise DataError(f"shares {shares}: expected numbers above 0, at most 1")
     before = counts(split, len(classes))
     wanted = [round(count * shares.get(name, 1)) for name, count in zip(classes, before)]
     if 0 in wanted:
         raise DataError(f"class {classes[wanted.index(0)]!r} is left with no training image")
     if not shares and (variant == "constrained" or len(set(before)) == 1):
-        raise DataError(f"would leave all {len(split.labels):,} images as they are; name the shares to keep, such "
+        raise DataError(f"has no effect on classes of equal size; name the shares to keep, such "
                         f"as --constrain {classes[0]}=0.5")
     split = resample(split, wanted, seed)
     if variant == "smote":
@@ -841,12 +856,11 @@ def batches(split, batch_size, epoch_seed=None, flip=False, size=None, margin=Fa
     """A split's batches of `batch_bounds`, (images, labels) as `normalise` makes them, on the split's device.
 
     epoch_seed: an int shuffles, always in the same order for the same seed; None keeps the set's order. flip:
-    turn each image left to right with probability 1/2, or a bool for each image of the split, (N,), whether it
-    is turned in the first round and then in every other; degrees: rotate it by up to so many, either way;
-    shifts: move it by up to so many pixels, borders reflected; margin: crop it anywhere, with epoch_seed None
-    in the centre (all drawn from the same seed). part: (rank,
-    processes): every batch's share of that process. rounds: how often all images come round, each time in
-    another order. Raises DataError if a share is empty.
+    mirror each image left to right with probability 1/2; or a bool tensor (N,), the images that are mirrored in
+    rounds 0, 2, 4, ..., the others being mirrored in rounds 1, 3, ... degrees: rotate each by up to so many,
+    either way. shifts: move each by up to so many pixels, borders reflected. margin: crop each anywhere, with
+    epoch_seed None in the centre. All are drawn from the same seed. part: (rank, processes): every batch's share
+    of that process. rounds: passes over the split, each in another order. Raises DataError if a share is empty.
     """
     n, device, (rank, processes) = rounds * len(split.labels), split.images.device, part
     bounds = batch_bounds(n, batch_size, processes)
@@ -887,17 +901,16 @@ def batches(split, batch_size, epoch_seed=None, flip=False, size=None, margin=Fa
 
 def save_samples(dataset, path):
     """Saves a sheet of ten training images of each of the first 20 classes."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     names, (_, height, _), images = dataset.classes[:20], dataset.train.images.shape[1:], []
     for label in range(len(names)):
         in_class = dataset.train.images[dataset.train.labels == label][:10]
         images += [*in_class, *[torch.full_like(in_class[0], 255)] * (10 - len(in_class))]
     grid = make_grid(images, nrow=10, padding=2, pad_value=255)
-    figure, axis = plt.subplots(figsize=(8, 0.4 + 7 * grid.shape[1] / grid.shape[2]))
+    figure = Figure(figsize=(8, 0.4 + 7 * grid.shape[1] / grid.shape[2]))
+    axis = figure.subplots()
     axis.imshow(grid.permute(1, 2, 0).numpy())
-    axis.set_title(f"{dataset.name}: ten training images of each class")
+    axis.set_title(f"{dataset.name}: ten training images of each of {len(names)} classes")
     axis.set_xticks([])
     axis.set_yticks([(height + 2) * (row + 0.5) for row in range(len(names))], names)
     axis.spines[:].set_visible(False)

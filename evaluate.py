@@ -1,4 +1,4 @@
-"""Everything that reads a checkpoint or a run: measures it, draws it, compares runs.
+"""Evaluation: measures a checkpoint, draws what it reconstructs, compares runs.
 
     python evaluate.py --ckpt outputs/v4/best.pt
     python evaluate.py --ckpt outputs/v4/best.pt --images cat.png boat.jpg
@@ -20,6 +20,7 @@ import re
 import sys
 import time
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ import models
 
 
 class UsageError(ValueError):
-    """What the user can correct: one line that names the value and what was expected."""
+    """An error in the user's input: one line that names the value and what was expected."""
 
 
 class Stopped(RuntimeError):
@@ -138,7 +139,7 @@ def process():
 
 
 def seconds(device):
-    """A clock, read when the device has done all that it was given."""
+    """time.perf_counter(), after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -570,8 +571,8 @@ class Run(NamedTuple):
     metrics: dict   # of metrics.json
 
 
-# What tells two runs of one kind apart: their results differ by chance alone.
-INCIDENTAL = "seed", "name", "device", "data_dir"
+# Settings in which repetitions of one run may differ.
+INCIDENTAL = "seed", "name", "device"
 
 
 def chosen_on(rows):
@@ -719,6 +720,8 @@ def kind_of(settings, *ignored):
     """What runs have in common that differ by chance alone, as a text to compare; a setting that is missing, as in
     runs older than it, counts as its default."""
     settings = {name: needed.default for name, needed in NEEDED.items()} | LATER | settings
+    if settings["dataset"] not in data.NAMES or not Path(settings["data_dir"]).is_dir():
+        ignored += ("data_dir",)  # does not matter, or is on another machine
     return json.dumps({key: value for key, value in settings.items()
                        if value is not None and value is not False and key not in (*INCIDENTAL, *ignored)},
                       sort_keys=True)
@@ -730,7 +733,10 @@ def group_runs(runs):
     the same seed the last one counts."""
     kinds = {}
     for run in runs:
-        kinds.setdefault(kind_of(run.settings), {})[run.settings["seed"]] = run
+        seeds, seed = kinds.setdefault(kind_of(run.settings), {}), run.settings["seed"]
+        if seed in seeds:
+            print(f"evaluate.py: {seeds[seed].folder} is left out: {run.folder.name} repeats it", file=sys.stderr)
+        seeds[seed] = run
     groups = {}
     for seeds in kinds.values():
         folder = next(iter(seeds.values())).folder
@@ -895,8 +901,8 @@ SHOWN = ("dataset", "size", "margin", "scale", "classes", "test_size", "test_sha
 
 
 def draw_all(groups, path):
-    """sheet.png: what each group's first run makes of the same test images, originals below; only where at
-    most eight groups have trained decoders on one data set, and that is still there."""
+    """sheet.png: the same test images as each group's first run reconstructs them, originals below. Only where
+    at most eight groups have trained decoders on one data set, and that is available."""
     loaded = []
     for name, group in groups.items():
         folder = next(iter(group.values())).folder
@@ -958,8 +964,7 @@ def match_classes(dataset, classes):
         raise UsageError(f"--dataset {dataset.name}: has {len(dataset.classes)} classes, the checkpoint "
                          f"{len(classes)}")
     if not dataset.named:
-        dataset.classes = classes
-        return dataset
+        return replace(dataset, classes=classes)
     keys = [dataset.classes, classes]
     if sorted(keys[0]) != sorted(keys[1]):
         keys = [[re.sub(r"[^a-z0-9]", "", name.lower()) for name in names] for names in keys]
@@ -969,11 +974,7 @@ def match_classes(dataset, classes):
         raise UsageError(f"--dataset {dataset.name}: its class {different!r} is none of the checkpoint's: "
                          f"{' '.join(classes)}")
     number = torch.tensor([keys[1].index(key) for key in keys[0]])
-    for part in ("train", "test"):
-        split = getattr(dataset, part)
-        setattr(dataset, part, data.Split(split.images, number[split.labels]))
-    dataset.classes = classes
-    return dataset
+    return replace(dataset.map(lambda split: data.Split(split.images, number[split.labels])), classes=classes)
 
 
 def load_test(model, content, device, with_train=False):
@@ -1006,7 +1007,7 @@ def report(model, content, dataset, folder, ks):
           f"({dataset.source})")
     if "accuracy" in result:
         largest = max(map(sum, result["confusion"])) / count
-        print(f"{'accuracy':<28}{result['accuracy']:>10.2f} %  (the largest class alone: {100 * largest:.2f} %)")
+        print(f"{'accuracy':<28}{result['accuracy']:>10.2f} %  (always the largest class: {100 * largest:.2f} %)")
         if s.flip:
             print(f"{'  with the mirror image':<28}{result['accuracy_mirrored']:>10.2f} %  (logits of both averaged)")
         result["per_class"] = losses.per_class(result["confusion"], dataset.classes)
@@ -1022,7 +1023,7 @@ def report(model, content, dataset, folder, ks):
             if key in result:
                 number, _, unit = style.format(result[key]).partition(" ")
                 print(f"  {name:<26}{number:>10} {unit}".rstrip())
-        print(f"  {f'MSE as trained ({s.scale})':<26}{result['autoencoder']:>10.5f}")
+        print(f"  {f'MSE on --scale {s.scale}':<26}{result['autoencoder']:>10.5f}")
         draw_reconstructions(model, dataset, s, folder)
         if model.variational:
             draw_variational(model, dataset, s, folder)
@@ -1071,7 +1072,7 @@ def report_anomaly(model, content, device, name, folder):
         raise UsageError(f"--anomaly {name}: {re.sub('^--classes [^:]*: ', '', str(error))}") from None
     unseen = dataset.test.labels == dataset.classes.index(name)
     if unseen.all() or not unseen.any():
-        raise UsageError(f"--anomaly {name}: no test image of that class, or of no other; expected both")
+        raise UsageError(f"--anomaly {name}: expected test images of that class and of others")
     folder.mkdir(parents=True, exist_ok=True)
     scores = image_errors(model, dataset.test, s)
     auc = losses.roc_auc(scores[unseen], scores[~unseen])
@@ -1116,14 +1117,17 @@ def evaluate(args):
     torch.backends.cudnn.allow_tf32 = s.precision != "fp32"
     if args.dataset:
         s.dataset, s.classes, s.test_size, s.train_size = args.dataset, None, None, None
-        s.labels, s.val_share, s.variant = None, 0.0, "complete"
+        s.labels, s.val_share, s.variant, s.constrain = None, 0.0, "complete", None
         s.flip = s.flip and args.dataset not in data.NEVER_FLIPPED
+        height, width = model.version.in_shape[1:]
+        s.size = height if height == width else s.size  # pictures of other sizes are scaled
     if args.data_dir or not Path(s.data_dir).is_dir():
         s.data_dir = args.data_dir or "data"
     if args.codes and (not Path(args.codes).parent.is_dir() or Path(args.codes).suffix != ".npz"):
         raise UsageError(f"--codes {args.codes}: expected a file named .npz to write in a folder that exists")
     model = model.to(device)
-    folder = Path(args.output or Path(args.ckpt).parent / f"evaluation-{Path(args.ckpt).stem}")
+    folder = Path(args.output or Path(args.ckpt).parent / "-".join(
+        ["evaluation", Path(args.ckpt).stem, *([file_name(Path(args.dataset).stem)] if args.dataset else [])]))
     if args.images:
         folder /= "images"
         result, codes = classify_pictures(model, content, args.images, device, folder)
@@ -1187,12 +1191,12 @@ def make_parser():
     parser.add_argument("--data-dir", help="where named sets are (default: where training found them)")
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:1 (default: auto)")
     parser.add_argument("--output", help="where the report goes (default: a folder evaluation-best "
-                        "beside best.pt; a folder comparison beside the first run)")
+                        "beside best.pt, with --dataset named after that too; a folder comparison beside the first run)")
     parser.error = fail
     return parser
 
 
-# Flags that exclude others, which would do nothing beside them.
+# Flags, and those that have no effect beside them.
 EXCLUDED = {"compare": ("images", "knn", "anomaly", "codes", "dataset", "data_dir", "device"),
             "images": ("knn", "anomaly", "dataset", "data_dir"), "anomaly": ("knn", "codes"), "ckpt": ("against",)}
 

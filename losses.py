@@ -1,4 +1,4 @@
-"""What is minimised and what is reported: the terms of the loss, their weighted sum, error measures.
+"""The terms of the loss, their weighted sum, and error measures.
 
     loss = (alpha * classifier_loss + beta * autoencoder_loss + gamma * l2_reg_loss
             + delta * jigsaw_recon_loss + kl * kl_loss)
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 
-# ---------------------------------------------------------------- what is minimised
+# ---------------------------------------------------------------- the loss
 
 def classifier_loss(logits, labels, class_weights=None, label_smoothing=None):
     """Mean cross entropy. logits (B, classes), any float; labels (B,) int64.
@@ -70,7 +70,7 @@ class Term(NamedTuple):
     default: float = 0.0  # of that flag
 
 
-OPTIONAL = "class_weights", "label_smoothing"  # what a term does without
+OPTIONAL = "class_weights", "label_smoothing"  # tensors that may be missing
 TERMS = {  # the flag: its term
     "alpha": Term("classifier", classifier_loss, ("logits", "labels", *OPTIONAL),
                   "cross entropy (nats)", "weight of the classifier's cross entropy", 1.0),
@@ -102,11 +102,14 @@ def weighted_loss(weights, **tensors):
 
     weights: by flag, {"alpha": 1.0, "beta": 1.0, ...}. tensors: by name, as the rows of TERMS need
     them. A term whose weight is 0 is not computed and not in the dict. Raises ValueError for an
-    unknown weight, and where no term has a weight.
+    unknown weight, for a missing tensor, and where no term has a weight.
     """
     unknown = set(weights) - set(TERMS)
     if unknown:
         raise ValueError(f"no weight {sorted(unknown)[0]!r}; there are {' '.join(TERMS)}")
+    missing = needed(weights) - set(tensors) - set(OPTIONAL)
+    if missing:
+        raise ValueError(f"no tensor {sorted(missing)[0]!r}, which these weights need; got {' '.join(tensors)}")
     terms = {term.name: term.loss(*(tensors.get(name) for name in term.needs))
              for flag, term in TERMS.items() if weights.get(flag)}
     if not terms:
@@ -127,7 +130,7 @@ def jumble(images, grid, order):
     return rows.reshape(b, h, w, c).permute(0, 3, 1, 2)                   # channels_last
 
 
-# ---------------------------------------------------------------- what is reported
+# ---------------------------------------------------------------- error measures
 
 def class_counts(labels, classes):
     """Images of each class, (classes,) int64; labels (N,). Unlike bincount it does not wait for a GPU."""

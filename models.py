@@ -123,8 +123,8 @@ VERSIONS = {
     "cnnL3": Version("C(16)>C(32)>G(32)"), "cnnL5": Version("C'(16)>C(16)>C'(32)>C(32)>G(32)"),
     "cnnL10": Version("C'(16)>C'(16)>C(16)>C'(32)>C'(32)>C(32)>C'(64)>C'(64)>C(64)>G(32)"),
     # The two studies of grey images, and a variational autoencoder (Kingma and Welling 2014). The MNIST study's
-    # decoder ends in a ReLU, which PyTorch's own initialisation leaves dead for good in five of eight seeds;
-    # He's does not.
+    # decoder ends in a ReLU; with PyTorch's default initialisation it gives only zeros in five of eight seeds,
+    # with He's it does not.
     "mnist": Version("mnist", "L(120)>L'(10)", "mnist", GREY, he=True),
     "fashion-mlp": Version("L(128)>L'(2)", in_shape=GREY, output="sigmoid"),
     "fashion-cnn": Version("C(16)>C(32)", in_shape=GREY, output="sigmoid"),
@@ -137,7 +137,7 @@ BACKBONES = {"vgg16": 10, "resnet50": 5, "mobilenet_v2": 4, "squeezenet1_1": 6}
 
 
 class Handwritten(NamedTuple):
-    """An autoencoder that the notation cannot say. encoder and decoder: functions that make an nn.Sequential."""
+    """An autoencoder that the notation cannot express. encoder and decoder: functions that make an nn.Sequential."""
     in_shape: tuple
     code_shape: tuple
     tap: int  # as in BACKBONES
@@ -190,8 +190,8 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 
 
 class WhiteningConv2d(nn.Module):
-    """A 2x2 convolution, with a row and a column of repeated border, whose first filters are fixed: `whiten` makes
-    of them those that decorrelate the pixels of a patch (8 for grey images, 24 for coloured ones)."""
+    """A 2x2 convolution, with a row and a column of repeated border, whose first filters are fixed (8 for grey
+    images, 24 for coloured ones): `whiten` sets them so that they decorrelate the pixels of a patch."""
 
     def __init__(self, channels, n):
         super().__init__()
@@ -215,7 +215,7 @@ def patches(x):
 @torch.no_grad()
 def whiten(model, images):
     """Fixes the first filters of a model whose encoder begins with W(n) by normalised images (N, C, H, W): the
-    eigenvectors of the covariance of their 2x2 patches, each divided by its standard deviation, and their negatives
+    eigenvectors of the second moments of their 2x2 patches, each divided by its root mean square, and their negatives
     (as in Jordan's airbench, 2024). Until then they are random."""
     layer, c = model.encoder[0], images.shape[1]
     rows = patches(images).flatten(0, 2).double()  # (N * H * W, 2 * 2 * C)
@@ -321,8 +321,8 @@ def _linear_mirror(before, after):
 
 
 def _doubling_mirror(before, after):
-    """An odd side (7, pooled to 3) comes back whole: its kernel is one wider there, and where S rounded up (7 to 4)
-    one pixel of padding takes the surplus off."""
+    """Restores odd sides, too: the kernel is one wider (7, pooled to 3), and where S rounded up (7 to 4) one pixel
+    of padding removes the surplus."""
     kernel = [2 + side % 2 for side in before[1:]]
     padding = [half - side // 2 for side, half in zip(before[1:], after[1:])]
     return [ConvTranspose2d(after[0], before[0], tuple(kernel), stride=2, padding=tuple(padding))]
@@ -337,7 +337,7 @@ def _pool(before, after, plain, adaptive):
 
 
 def _identity_conv(c, n):
-    """A 3x3 convolution without bias whose first filters hand the channels on."""
+    """A 3x3 convolution without bias whose first filters are the identity."""
     conv = nn.Conv2d(c, n, 3, padding=1, bias=False)
     nn.init.dirac_(conv.weight[:c])
     return conv
@@ -435,7 +435,7 @@ def layers(notation, shape):
             raise NotationError(f"{where}: would have {weights:,} weights; expected at most {LARGEST:,}")
         made, after = kind.layers(n, *reads)
         if 0 in after:
-            raise NotationError(f"{where}: pools a {shape[1]}x{shape[2]} map to nothing; expected fewer "
+            raise NotationError(f"{where}: cannot pool a map of {shape[1]}x{shape[2]}; expected fewer "
                                 f"{token.kind}, or larger images (--size)")
         modules += made if reads == shape else [nn.Flatten(), *made]
         steps.append(Step(token, shape, after, len(modules)))

@@ -1,7 +1,7 @@
 """Trains an autoencoder with a classifier on small images.
 
     python train.py --version v4              # on CIFAR-10, into outputs/v4/
-    python train.py --version v4 --beta 0     # the classifier alone, the decoder left out
+    python train.py --version v4 --beta 0     # the classifier alone; the decoder is not trained
     python train.py --version v4 --seeds 5    # five runs, as many at once as is fastest
     python train.py --resume outputs/v4       # resumes that run
     python train.py --version vae -h          # every setting, with the defaults of that version
@@ -108,8 +108,8 @@ class Setting(NamedTuple):
     help: str
 
 
-COUNT, POSITIVE, OPTIMIZERS = Number(int, 1), Number(float, 0, above=True), {
-    "sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad}
+COUNT, POSITIVE = Number(int, 1), Number(float, 0, above=True)
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad}
 # Every setting, in the order in which they name a run's folder.
 SETTINGS = {
     "network": [
@@ -159,17 +159,17 @@ SETTINGS = {
         Setting("class_weights", None, ("balanced",), "", "weight the classifier loss so that all classes count "
                 "the same")],
     "training": [
-        Setting("optimizer", "sgd", tuple(OPTIMIZERS), "", ""),
+        Setting("optimizer", "sgd", tuple(OPTIMIZERS), "", "PyTorch's SGD, Adam or Adagrad"),
         Setting("lr", 0.01, POSITIVE, "X", "learning rate"),
-        Setting("momentum", 0.9, Number(float, 0, 1), "X", "of sgd"),
-        Setting("weight_decay", 1e-4, Number(float, 0), "X", ""),
-        Setting("schedule", "step", ("step", "triangle"), "", "of the learning rate: step, or triangle: from a "
+        Setting("momentum", 0.9, Number(float, 0, 1), "X", "momentum of sgd"),
+        Setting("weight_decay", 1e-4, Number(float, 0), "X", "the optimizer's weight decay"),
+        Setting("schedule", "step", ("step", "triangle"), "", "of the learning rate: step (--lr-step), or triangle: from a "
                 "fifth of --lr up to it in 0.23 of the steps, then down to 0.07 of it"),
-        Setting("lr_step", 10, COUNT, "N", "multiply the learning rate every N epochs ..."),
-        Setting("lr_decay", 0.1, Number(float, 0, 1, above=True), "X", "... by this"),
+        Setting("lr_step", 10, COUNT, "N", "epochs between two reductions of the learning rate"),
+        Setting("lr_decay", 0.1, Number(float, 0, 1, above=True), "X", "factor of each reduction"),
         Setting("decoder_rate", 1.0, POSITIVE, "X", "the decoder's learning rate, as a multiple of --lr"),
         Setting("lookahead", False, bool, "", "every five steps, replace the weights by their running average"),
-        Setting("epochs", 40, COUNT, "N", ""),
+        Setting("epochs", 40, COUNT, "N", "passes over the training images"),
         Setting("batch_size", 32, COUNT, "N", "images per step, of all processes together"),
         Setting("separate", False, bool, "", "train the autoencoder alone first, then the classifier on its encoder"),
         Setting("first_share", 0.5, Number(float, 0.01, 0.99), "X", "with --separate: the autoencoder's share of "
@@ -320,13 +320,10 @@ def make_optimizer(model, s):
     fused = device == "cpu" or (device == "cuda" and s.optimizer != "adagrad")
     momentum = {"momentum": s.momentum} if s.optimizer == "sgd" else {}
     decoder = set(model.decoder.parameters()) if model.decoder is not None and s.decoder_rate != 1 else set()
-    groups = [(1.0, [p for p in parameters if p not in decoder]),
-              (s.decoder_rate, [p for p in parameters if p in decoder])]
-    groups = [(rate, group) for rate, group in groups if group]
-    optimizer = OPTIMIZERS[s.optimizer]([dict(params=group) for _, group in groups], lr=s.lr, fused=fused or None,
-                                        weight_decay=s.weight_decay + s.gamma, **momentum)
-    optimizer.rates = [rate for rate, _ in groups]  # of each group, as multiples of the learning rate
-    return optimizer
+    groups = [dict(params=[p for p in parameters if p not in decoder], rate=1.0),  # multiples of the learning rate
+              dict(params=[p for p in parameters if p in decoder], rate=s.decoder_rate)]
+    return OPTIMIZERS[s.optimizer]([group for group in groups if group["params"]], lr=s.lr, fused=fused or None,
+                                   weight_decay=s.weight_decay + s.gamma, **momentum)
 
 
 def restore(optimizer, state):
@@ -341,7 +338,7 @@ class Batch(NamedTuple):
 
 
 def batches(split, s, epoch, purpose, rounds=1):
-    """The Batches of a Split in an epoch, which comes round so many times. purpose: of the stream of their order."""
+    """The Batches of an epoch: `rounds` passes over a Split. purpose: of the stream of their order."""
     rank, processes = evaluate.process()
     flip, n = s.flip, len(split.labels)
     if s.flip and s.alternate:
@@ -432,8 +429,8 @@ def train_epoch(model, dataset, optimizer, s, epoch, show=None, net=None):
     pull = lookahead(model) if s.lookahead else None
     for step, (batch, labelled, order) in enumerate(steps):
         lr = learning_rate(s, epoch + step / count)
-        for group, rate in zip(optimizer.param_groups, optimizer.rates):
-            group["lr"] = rate * lr
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * lr
         tensors = step_tensors(net or model, batch, labelled, order, s, wanted, noise)
         loss, values = losses.weighted_loss(fair_weights(weights, batch, labelled), **tensors,
                                             class_weights=class_weights)
@@ -526,7 +523,7 @@ def train(model, dataset, s, folder, state=None):
     return rows, tested
 
 
-LOGGED = {  # what of each part's figures stands in a log
+LOGGED = {  # the columns of a log by the images on which they are measured
     "train": lambda: ["loss", *(term.name for term in losses.TERMS.values()), "accuracy"],
     "test": lambda: ["loss", *(term.name for term in losses.TERMS.values() if term.name != "l2"), "accuracy",
                      *(key for _, key, _ in evaluate.MEASURES)],
@@ -641,7 +638,7 @@ def differences(s, usual):
     parts = []
     for key, value in usual.items():
         chosen, flag = getattr(s, key), key.replace("_", "-")
-        if chosen == value or (key in evaluate.INCIDENTAL and key != "seed") or key == "version" or (
+        if chosen == value or (key in evaluate.INCIDENTAL and key != "seed") or key in ("version", "data_dir") or (
                 (key == "beta" and s.decoder == "none") or (key == "flip" and s.dataset in data.NEVER_FLIPPED)):
             continue
         if isinstance(chosen, bool) or chosen == "none":
@@ -660,7 +657,7 @@ def differences(s, usual):
 
 def run_name(s):
     """A run's folder: --name, or the version and whatever differs from its recipe: v4_beta0,
-    v4_dataset-shapes, v4_no-decoder; a network of one's own is named by its notation."""
+    v4_dataset-shapes, v4_no-decoder; a custom network is named by its notation."""
     usual = recipe(s.version)
     seed = f"_seed{s.seed}" if s.seed != usual.pop("seed") else ""
     if s.name:
@@ -687,6 +684,8 @@ def make_folder(output, name, config):
             if not folder.exists():
                 with contextlib.suppress(OSError):  # another run was faster
                     return part.rename(folder)
+                if not folder.exists():
+                    raise UsageError(f"--output {output}: the folder {name} cannot be made there")
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -705,14 +704,16 @@ def git_commit():
 
 
 def find_run(output, s):
-    """The folder in `output` of the run with just these settings, else None."""
-    def identity(settings):
-        return evaluate.kind_of(DEFAULTS | settings), settings["seed"]
+    """The folder in `output` of the run with exactly these settings, else None."""
     found = []
     for path in sorted(Path(output).glob("[!.]*/config.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             settings = json.loads(path.read_text())["settings"]
-            if identity(settings) == identity(vars(s)) and (not s.name or settings.get("name") == s.name):
+            # A data folder that is gone counts as moved; another one that is there has other data.
+            ignored = () if Path(settings["data_dir"]).is_dir() else ("data_dir",)
+            kinds = [evaluate.kind_of(DEFAULTS | each, *ignored) for each in (settings, vars(s))]
+            if (kinds[0] == kinds[1] and settings["seed"] == s.seed
+                    and (not s.name or settings.get("name") == s.name)):
                 found.append(path.parent)
     return next(filter(evaluate.finished, found), found[0] if found else None)
 
@@ -767,6 +768,7 @@ def settle(given):
         s.dataset = None  # or shapes, where it is unavailable
     else:
         s.dataset = located(s.dataset)
+    s.data_dir = str(Path(s.data_dir).resolve())
     check_network(s, given)
     check_training(s, given)
     s.flip = s.flip and s.dataset not in data.NEVER_FLIPPED
@@ -781,7 +783,7 @@ def check_network(s, given):
     if not (s.classifier or version.classifier):
         lacks["logits"] = f"{s.version} has no classifier; --classifier NOTATION adds one"
     if no_decoder:
-        lacks["reconstruction"] = f"{s.version} has no decoder here; expected 0, or --decoder mirror"
+        lacks["reconstruction"] = f"the network has no decoder; expected 0, or --decoder mirror"
         lacks["jigsaw_reconstruction"] = lacks["reconstruction"]
     if "N(" not in (s.encoder or version.encoder):
         lacks["mean"] = "needs an encoder that ends in N(n)"
@@ -820,7 +822,7 @@ def check_training(s, given):
             ("margin", "--size", s.size), ("clean_test", "--noise above 0", s.noise),
             ("flip", "images other than digits", not s.flip or s.dataset not in data.NEVER_FLIPPED)):
         if flag in given and not has:
-            raise UsageError(f"--{flag.replace('_', '-')}: has no effect here; expected {needs} beside it")
+            raise UsageError(f"--{flag.replace('_', '-')}: has no effect without {needs}")
 
 
 def resumable(model, state, s):
@@ -859,8 +861,8 @@ def reopen(given, folder):
         for depends, what in ((s.separate, "--separate"), (s.schedule != "step", f"--schedule {s.schedule}"),
                               (s.lookahead, "--lookahead")):
             if depends:
-                raise UsageError(f"--epochs {given['epochs']}: with {what} the epochs that are done would have been "
-                                 "others; start another run")
+                raise UsageError(f"--epochs {given['epochs']}: with {what} the completed epochs depend on the total; "
+                                 f"expected {s.epochs}, or start another run")
     path, state, model = folder / "last.pt", None, None
     if path.exists():
         model, state = evaluate.load_checkpoint(path)
@@ -871,13 +873,14 @@ def reopen(given, folder):
     if "dataset" in given:
         given["dataset"] = located(given["dataset"])
     for key, value in given.items():
-        if key not in ("epochs", "device", "data_dir") and value != getattr(s, key, str(folder.parent)):
+        if key not in ("epochs", "device", "data_dir", "dataset") and value != getattr(s, key, str(folder.parent)):
             raise UsageError(f"--{key.replace('_', '-')} {value}: a run resumes with its own settings, here "
                              f"{getattr(s, key, folder.parent)}; leave it out, or start another run")
-    s.device, s.data_dir = given.get("device", s.device), given.get("data_dir", s.data_dir)
-    s.epochs = given.get("epochs", s.epochs)
+    for key in ("epochs", "device", "data_dir", "dataset"):  # data that has moved: keep_config compares it
+        setattr(s, key, given.get(key, getattr(s, key)))
+    s.data_dir = str(Path(s.data_dir).resolve())
     if s.epochs < done:
-        raise UsageError(f"--epochs {s.epochs}: epochs that are done: {done}")
+        raise UsageError(f"--epochs {s.epochs}: the run has completed {done} epochs; expected more")
     if s.epochs == done and evaluate.finished(folder):
         raise UsageError(f"--resume {folder}: all {done} of its epochs are done; --epochs N lengthens it")
     return s, state, model
@@ -885,7 +888,7 @@ def reopen(given, folder):
 
 @contextlib.contextmanager
 def process_group(given):
-    """The one process group of a torchrun command, whatever it trains; without torchrun, nothing."""
+    """Under torchrun, a process group for as long as the block runs; otherwise does nothing."""
     if "LOCAL_RANK" not in os.environ:
         yield
         return
@@ -916,8 +919,8 @@ def first_process_first():
 
 
 def prepare(s, model=None):
-    """(dataset on the device, model), every check made, nothing written. Completes the settings with
-    what is used. model: of a run that resumes; None builds it."""
+    """(dataset on the device, model), every check made, nothing written. Replaces automatic settings (dataset,
+    precision) by those that are used. model: of a run that resumes; None builds it."""
     evaluate.keep_freed_memory()
     device, (_, processes) = evaluate.pick_device(s.device), evaluate.process()
     if device.type == "cuda":
@@ -935,6 +938,8 @@ def prepare(s, model=None):
                          "tiles")
     if model is None:
         model = build(s, (channels, *sides), len(dataset.classes))
+        if evaluate.classifies(s) and len(dataset.classes) < 2:
+            raise UsageError(f"--alpha {s.alpha:g}: {dataset.name} has one class here; expected two, or --alpha 0")
         if s.labels and s.labels < len(dataset.classes):
             raise UsageError(f"--labels {s.labels}: expected at least one for each of {len(dataset.classes)} classes")
         if isinstance(model.encoder[0], models.WhiteningConv2d):
@@ -951,7 +956,7 @@ def prepare(s, model=None):
     if smallest < 2 * processes and normalised:
         raise UsageError(f"--batch-size {s.batch_size}: {s.version} has BatchNorm; expected at least 2 images for "
                          "each process in a batch, and in the training set")
-    s.dataset, s.data_dir = s.dataset or dataset.name, str(Path(s.data_dir).resolve())
+    s.dataset = s.dataset or dataset.name
     s.precision = evaluate.pick_precision(s.precision, device)
     torch.backends.cudnn.allow_tf32 = s.precision != "fp32"
     return dataset.to(device), model.to(device, memory_format=torch.channels_last)
@@ -982,7 +987,7 @@ def announce(s, dataset, model, folder):
           f"{dataset.name}, {dataset.source}: {len(dataset.train.labels):,} training and "
           f"{len(dataset.test.labels):,} test images, {shape}\ntraining images: {per_class}")
     if dataset.labelled:
-        print(f"labels: of {len(dataset.labelled.labels):,} training images; the others have none")
+        print(f"labelled: {len(dataset.labelled.labels):,} of the training images")
     weights = ", ".join(f"{flag} {weight:g}" for flag, weight in evaluate.loss_weights(s).items()
                         if weight or flag in ("alpha", "beta"))
     print(f"epochs {s.epochs}, batch {s.batch_size}, {s.optimizer} lr {s.lr:g}, {weights}, seed {s.seed}")
@@ -1050,7 +1055,7 @@ def finish(rows, tested, model, dataset, s, folder):
         accuracy, counts = metrics["accuracy"], data.counts(dataset.test, len(dataset.classes))
         print(f"test accuracy: {accuracy['last']:.2f} % after the last epoch; best (on "
               f"{accuracy['best_chosen_on']}) {accuracy['best']:.2f} %, epoch {accuracy['best_epoch']}"
-              + f"; the largest class alone {accuracy['largest_class']:.2f} %" * (len(set(counts)) > 1))
+              + f"; always predicting the largest class gives {accuracy['largest_class']:.2f} %" * (len(set(counts)) > 1))
         if "mirrored" in accuracy:
             print(f"with the logits of each image and its mirror image averaged: {accuracy['mirrored']:.2f} %")
     if metrics["reconstruction"]:
@@ -1100,10 +1105,11 @@ def execute(given, command, output_file=None):
                 finish(rows, tested, model, dataset, s, folder)
         except BaseException as error:
             resume = "" if isinstance(error, Stopped) else f"; resume with: python train.py --resume {folder}"
-            kept = "; its whole epochs are" if not rank and (folder / "last.pt").exists() else "; no epoch is done,"
-            error.advice = f"{kept} in {folder}{resume}" if not rank else ""
+            kept = f"; its completed epochs are in {folder}" if not rank and (folder / "last.pt").exists() else \
+                "; no epoch was completed"
+            error.advice = f"{kept}{resume}" if not rank else ""
             if isinstance(error, BrokenPipeError) and not rank:  # of which nothing else is printed
-                print(f"train.py: stopped: its output has no reader{error.advice}", file=sys.stderr)
+                print(f"train.py: stopped: its output pipe was closed{error.advice}", file=sys.stderr)
             raise
     return Result(model.eval(), rows, folder)
 
@@ -1173,7 +1179,7 @@ def jobs_and_threads(given, runs):
 
 
 def child(given, threads, output_file):
-    """One run in a process of its own, which ends with the process that started it."""
+    """Trains one run in a child process, which exits when its parent does."""
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(threads)
@@ -1274,7 +1280,7 @@ def unfinished(pairs, output):
 
 
 def train_many(given, command):
-    """What --sweep, --seeds, --jobs and --list ask for. Returns the exit status."""
+    """Trains or lists the runs of --sweep and --seeds, and compares them. Returns the exit status."""
     runs, output, against = plan(given)
     if given.get("list"):
         for each in runs:

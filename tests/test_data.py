@@ -387,6 +387,39 @@ def test_shapes_do_not_stand_in_for_a_set_that_is_there_but_broken(tmp_path, no_
         data.load(None, tmp_path)
 
 
+def test_a_set_whose_reader_is_missing_is_not_downloaded(tmp_path, monkeypatch):
+    asked = []
+
+    def make(root, download, **arguments):
+        asked.append(download)
+        raise RuntimeError("Dataset not found")
+    monkeypatch.setitem(data.NAMES, "svhn", (make, "*_32x32.mat", {}, {}))
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(DataError, match="pip install scipy"):
+        data.load("svhn", tmp_path)
+    assert asked == [False]
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(variant="oversample", constrain={"ring": 0.5}), "--variant oversample: expected one of complete constr"),
+    (dict(constrain={"ring": 0.5}), "--constrain: has no effect without --variant"),
+    (dict(variant="constrained", constrain={"ring": 2.5}), "shares {'ring': 2.5}: expected numbers above 0, at most 1"),
+    (dict(variant="constrained", constrain={"ring": -0.5}), "shares .*: expected numbers above 0"),
+    (dict(train_size=-3), "--train-size -3: expected at least 1"), (dict(test_size=0), "--test-size 0: expected"),
+    (dict(labels=-3), "--labels -3: expected at least 1"), (dict(classes="ring,ring"), "a class twice; expected")])
+def test_wrong_arguments_of_load_are_refused(wrong, message):
+    with pytest.raises(DataError, match=message):
+        data.load("shapes", **wrong)
+
+
+def test_a_picture_of_more_than_16_bits_is_refused(tmp_path):
+    Image.fromarray(np.full((4, 4), 70_000, np.int32)).save(tmp_path / "wide.tif")
+    with pytest.raises(DataError, match="wide.tif: cannot be read as a picture .more than 16 bits a pixel."):
+        data.read_image(tmp_path / "wide.tif")
+    Image.fromarray(np.full((4, 4), 40_000, np.int32)).save(tmp_path / "fits.tif")
+    assert (data.read_image(tmp_path / "fits.tif") == 40_000 // 256).all()
+
+
 def test_a_reader_that_torchvision_lacks_is_named(tmp_path, monkeypatch):
     def needs_scipy(*args, **kwargs):
         raise ModuleNotFoundError("No module named 'scipy'", name="scipy")
@@ -436,7 +469,7 @@ def test_load_is_its_steps_called_one_by_one(arguments, few_shapes):
 @pytest.mark.parametrize("arguments, expected", [
     (dict(classes=["dog"]), "--classes dog: no class 'dog'"), (dict(train_size=201), "--train-size: 201 images asked"),
     (dict(test_size=101), "--test-size: 101 images"), (dict(val_share=0.001), "--val-share: a share of 0.001 of 200"),
-    (dict(variant="constrained"), "--variant constrained: would leave all 200 images as they are"),
+    (dict(variant="constrained"), "--variant constrained: has no effect on classes of equal size"),
     (dict(variant="smote", constrain={"ring": 0.05}), "--variant smote: class 1 has 1 training images"),
     (dict(labels=201), "--labels: 201 images asked for; the set has 200"),
     (dict(labels=181, val_share=0.1), "--labels: 181 images asked for; the set has 180")])
@@ -904,7 +937,7 @@ def test_other_classes_and_shares():
 
 @pytest.mark.parametrize("variant, shares, expected", [
     ("constrained", {"cat": 0.5}, "no class 'cat'"), ("constrained", {"bird": 0.001}, "'bird' is left with no"),
-    ("smote", {}, "would leave all 160 images as they are"), ("smote", {"bird": 0.02}, "expected two or more")])
+    ("smote", {}, "has no effect on classes of equal size"), ("smote", {"bird": 0.02}, "expected two or more")])
 def test_variants_that_cannot_be_made(variant, shares, expected):
     with pytest.raises(data.DataError, match=expected):
         data.vary(unequal([40, 40, 40, 40]), NAMES, variant, shares, 0)

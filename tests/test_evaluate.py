@@ -401,7 +401,7 @@ def test_an_anomaly_without_test_images_is_refused(tiny, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         evaluate.main(["--ckpt", str(folder / "best.pt"), "--anomaly", "bars", "--device", "cpu"])
     error = capsys.readouterr().err
-    assert end.value.code == 2 and "--anomaly bars: " in error and "no test image" in error
+    assert end.value.code == 2 and "--anomaly bars: " in error and "expected test images of that class and of others" in error
 
 
 def test_the_first_part_of_separate_training_has_no_accuracy(tiny, trained, tmp_path, monkeypatch, capsys):
@@ -646,6 +646,25 @@ def test_a_run_older_than_a_setting_is_in_the_group_of_its_default(compared, tmp
             (folder / "config.json").write_text(json.dumps(config))
     row, = compared(tmp_path / "runs")
     assert row["n"] == "2"
+
+
+def test_the_same_set_in_two_folders_makes_two_groups(compared, tmp_path):
+    for place in ("one", "two", "away"):
+        if place != "away":
+            (tmp_path / place).mkdir()
+        write_run(tmp_path / f"runs/v3_{place}", 50.0, data_dir=str(tmp_path / place), seed=1)
+    assert {row["run"]: row["n"] for row in compared(tmp_path / "runs")} == {"v3_one": "1", "v3_two": "1", "v3_away": "1"}
+    write_run(tmp_path / "shapes/v3", 50.0, dataset="shapes", data_dir=str(tmp_path / "one"))
+    write_run(tmp_path / "shapes/v3_seed1", 50.0, dataset="shapes", data_dir=str(tmp_path / "two"), seed=1)
+    row, = compared(tmp_path / "shapes")
+    assert row["n"] == "2"
+
+
+def test_a_repeated_run_is_named_and_left_out(compared, tmp_path, capsys):
+    for name in ("v3", "v3_run2"):
+        write_run(tmp_path / "runs" / name, 50.0)
+    evaluate.group_runs(evaluate.collect([tmp_path / "runs"]))
+    assert f"{tmp_path / 'runs/v3'} is left out: v3_run2 repeats it" in capsys.readouterr().err
 
 
 def test_seeds_are_grouped_and_paired(compared, tmp_path):

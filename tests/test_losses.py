@@ -255,6 +255,12 @@ def test_balanced_weights_make_every_class_count_the_same():
 
 # ---------------------------------------------------------------- what is reported
 
+def test_a_tensor_that_a_weight_needs_is_named():
+    images = torch.rand(2, 3, 4, 4)
+    with pytest.raises(ValueError, match="no tensor 'reconstruction', which these weights need; got recon images"):
+        losses.weighted_loss({"beta": 1.0}, recon=images, images=images)
+
+
 def test_class_counts_and_confusion_matrix_by_hand():
     labels, predicted = torch.tensor([0, 2, 2, 0, 2]), torch.tensor([0, 1, 2, 2, 1])
     assert losses.class_counts(labels, 4).tolist() == [2, 0, 3, 0]

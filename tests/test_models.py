@@ -194,7 +194,7 @@ def test_dropout_keeps_its_share_and_its_mean(shape):
     ("C'(8)>G(200000)", "token 2 'G(200000)': would have 1,638,400,000 weights; expected at most 500,000,000"),
     (None, "token 1 'None': expected one of C(n)"),
     ("L(8)>C(4)", "token 2 'C(4)': expected a map"),
-    ("C(4)>C(4)>C(4)>C(4)>C(4)>C(4)", "token 6 'C(4)': pools a 1x1 map to nothing"),
+    ("C(4)>C(4)>C(4)>C(4)>C(4)>C(4)", "token 6 'C(4)': cannot pool a map of 1x1"),
     ("T(4)", "T has no mirror"),
 ])
 def test_a_malformed_notation_is_answered_at_its_token(notation, expected):

@@ -53,6 +53,16 @@ def run(tiny, out, *flags):
     return folder
 
 
+def data_folder(root):
+    """An image folder of two classes, grey noise of 16x16."""
+    noise = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for name in ("one", "two"):
+            (root / part / name).mkdir(parents=True)
+            for i in range(4):
+                Image.fromarray(noise.integers(0, 256, (16, 16), np.uint8)).save(root / part / name / f"{i}.png")
+
+
 def fails(*argv):
     """The exit status of a command that cannot end well."""
     with pytest.raises(SystemExit) as exit:
@@ -232,7 +242,7 @@ def test_v5_is_whitened_once_and_resumes_bit_for_bit(tiny, tmp_path, monkeypatch
         run(tiny, tmp_path / "half", *flags)
     half, = (tmp_path / "half").iterdir()
     assert fails("--resume", half, "--epochs", "4") == 2
-    assert "--epochs 4: with --schedule triangle the epochs that are done would have" in capsys.readouterr().err
+    assert "--epochs 4: with --schedule triangle the completed epochs depend on the total; expected" in capsys.readouterr().err
     assert train.main(["--resume", str(half)]) == 0
     assert_equal(weights(half), weights(whole))
     assert [{key: value for key, value in row.items() if "second" not in key} for row in log(half)] == [
@@ -261,7 +271,7 @@ def test_every_setting_of_v5_is_one_of_v4_and_the_other_way_round(tiny, tmp_path
         "C(8)>L'(10)")  # the recipe's rate has no effect there
     folder = run(tiny, tmp_path, "--version", "v3", "--lookahead")
     assert fails("--resume", folder, "--epochs", "3") == 2
-    assert "--epochs 3: with --lookahead the epochs that are done would have" in capsys.readouterr().err
+    assert "--epochs 3: with --lookahead the completed epochs depend on the total" in capsys.readouterr().err
     assert len(log(run(tiny, tmp_path, "--version", "v5-small", "--schedule", "step", "--lr-step", "1", "--lr", "0.1",
                        "--batch-size", "32", "--optimizer", "adam", "--skip", "--delta", "0.1", "--labels", "20"))) == 2
 
@@ -641,10 +651,10 @@ def test_the_labelled_batches_of_two_processes_are_those_of_one(beta, monkeypatc
 def test_a_run_with_few_labels_says_so_and_is_refused_without_a_classifier(tiny, tmp_path, capsys):
     folder = run(tiny, tmp_path, "--version", "v3", "--labels", "10", "--beta", "0")
     assert folder.name == "v3_dataset-tiny_labels10_beta0_epochs2"
-    assert "labels: of 10 training images; the others have none" in capsys.readouterr().out
+    assert "labelled: 10 of the training images" in capsys.readouterr().out
     assert config_of(folder)["images"] == {"train": 60, "test": 30}
     assert fails("--version", "v3", "--alpha", "0", "--labels", "10", "--dataset", tiny) == 2
-    assert "--labels: has no effect here; expected --alpha above 0" in capsys.readouterr().err
+    assert "--labels: has no effect without --alpha above 0" in capsys.readouterr().err
     assert fails("--version", "v3", "--labels", "61", "--dataset", tiny, "--output", tmp_path / "none") == 2
     assert "--labels: 61 images asked for; the set has 60" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
@@ -729,7 +739,7 @@ def test_every_recipe_fits_its_version():
         assert row.in_shape[1] == (recipe["size"] or side)
         assert row.pretrained == bool(recipe["pretrained"])
         s = train.settle({"version": name})  # no contradiction in it
-        assert {key for key, value in recipe.items() if getattr(s, key) != value} <= {"dataset", "flip"}
+        assert {key for key, value in recipe.items() if getattr(s, key) != value} <= {"dataset", "data_dir", "flip"}
     assert [name for name in models.VERSIONS if train.recipe(name)["gamma"]] == ["v4", "v4-stride2"]
 
 
@@ -839,7 +849,7 @@ def test_an_encoder_alone_gets_the_recipe_of_custom(tiny, tmp_path):
     """Not v4's: no L2 loss, and a linear classifier on its code. --decoder and --no-decoder go with it."""
     s = train.settle(train.parse(["--encoder", CUSTOM]))
     expected = train.DEFAULTS | {"version": "custom", "encoder": CUSTOM, "classifier": "L'(10)", "dataset": None}
-    assert vars(s) == expected and s.gamma == 0
+    assert vars(s) == expected | {"data_dir": str(Path("data").resolve())} and s.gamma == 0
     s = train.settle(train.parse(["--encoder", CUSTOM, "--alpha", "0"]))
     assert s.classifier is None and not evaluate.classifies(s)
     s = train.settle(train.parse(["--encoder", CUSTOM, "--no-decoder"]))
@@ -857,15 +867,15 @@ def test_an_encoder_alone_gets_the_recipe_of_custom(tiny, tmp_path):
     (["--classifier", "L'(10)"], "--classifier: expected --encoder NOTATION beside it, or --version NAME"),
     (["--decoder", "T(3)"], "--decoder: expected --encoder"), (["--version", "custom"], "--version custom: expected"),
     (["--encoder", CUSTOM, "--alpha", "0", "--classifier", "L'(10)"], "is not trained with alpha 0"),
-    (["--encoder", CUSTOM, "--no-decoder", "--beta", "1"], "--beta 1: custom has no decoder here"),
+    (["--encoder", CUSTOM, "--no-decoder", "--beta", "1"], "--beta 1: the network has no decoder"),
     (["--version", "cnn", "--labels", "5"], "--labels: has no effect"),
     (["--variant", "smote", "--labels", "5"], "--labels: has no effect"),
     (["--version", "v3", "--kl", "1"], "needs an encoder that ends in N(n)"),
-    (["--version", "v5", "--lr-step", "3"], "--lr-step: has no effect here; expected --schedule step"),
-    (["--version", "v5", "--no-flip", "--alternate"], "--alternate: has no effect here; expected flips"),
-    (["--beta", "0", "--decoder-rate", "0.5"], "--decoder-rate: has no effect here; expected a decoder"),
-    (["--dataset", "svhn", "--alternate"], "--alternate: has no effect here; expected flips"),
-    (["--version", "cnn", "--label-smoothing", "0.1"], "--label-smoothing: has no effect here; expected --alpha")])
+    (["--version", "v5", "--lr-step", "3"], "--lr-step: has no effect without --schedule step"),
+    (["--version", "v5", "--no-flip", "--alternate"], "--alternate: has no effect without flips"),
+    (["--beta", "0", "--decoder-rate", "0.5"], "--decoder-rate: has no effect without a decoder"),
+    (["--dataset", "svhn", "--alternate"], "--alternate: has no effect without flips"),
+    (["--version", "cnn", "--label-smoothing", "0.1"], "--label-smoothing: has no effect without --alpha")])
 def test_networks_and_settings_that_contradict_each_other_are_refused(flags, message, capsys):
     assert fails(*flags) == 2
     error = capsys.readouterr().err
@@ -920,7 +930,7 @@ def test_an_explosion_in_the_last_step_of_an_epoch_keeps_the_last_good_epoch(fla
     monkeypatch.setattr(train, "make_optimizer", exploding)
     assert fails(*flags, "--dataset", tiny, "--epochs", "3", "--output", tmp_path) == 1
     error = capsys.readouterr().err
-    assert "stopped: epoch 2: " in error and "its whole epochs are in" in error and error.count("\n") == 1
+    assert "stopped: epoch 2: " in error and "its completed epochs are in" in error and error.count("\n") == 1
     folder, = tmp_path.iterdir()
     for name in ("best.pt", "last.pt"):
         model, content = evaluate.load_checkpoint(folder / name)
@@ -992,9 +1002,47 @@ def test_a_run_resumes_on_its_own_data_alone(what, change, tiny, tmp_path, capsy
     assert (folder / "config.json").read_bytes() == before and len(log(folder)) == 2
 
 
+def test_a_run_resumes_where_its_data_has_moved(tiny, tmp_path, capsys):
+    shutil.copy(tiny, tmp_path / "before.npz")
+    folder = run(str(tmp_path / "before.npz"), tmp_path / "out", "--version", "v3")
+    (tmp_path / "before.npz").rename(tmp_path / "after.npz")
+    assert fails("--resume", folder, "--epochs", "3") == 2 and "before.npz" in capsys.readouterr().err
+    assert train.main(["--resume", str(folder), "--epochs", "3", "--dataset", str(tmp_path / "after.npz")]) == 0
+    folder, = (tmp_path / "out").iterdir()
+    assert len(log(folder)) == 3
+    assert json.loads((folder / "config.json").read_text())["settings"]["dataset"] == str(tmp_path / "after.npz")
+
+
+def test_a_run_on_the_same_set_in_another_folder_is_another_run(tmp_path, capsys):
+    for place in ("one", "two"):
+        data_folder(tmp_path / place / "mnist")
+    command = ["--version", "v3", "--dataset", "mnist", "--epochs", "1", "--seeds", "1", "--output",
+               str(tmp_path / "out"), "--data-dir"]
+    for place, finished in (("one", False), ("one", True), ("two", False), ("two", True)):
+        assert train.main([*command, str(tmp_path / place)]) == 0
+        assert ("1 of 1 runs are finished already" in capsys.readouterr().out) == finished
+    assert len(evaluate.group_runs(evaluate.collect([tmp_path / "out"]))) == 2
+    shutil.rmtree(tmp_path / "one")  # moved: its run counts as one of the folder that is named now
+    (tmp_path / "out/v3_dataset-mnist_epochs1_run2").rename(tmp_path / "away")
+    assert train.main([*command, str(tmp_path / "two")]) == 0
+    assert "1 of 1 runs are finished already" in capsys.readouterr().out
+
+
+def test_a_classifier_of_one_class_is_refused(tiny, tmp_path, capsys):
+    assert fails("--dataset", tiny, "--classes", "circle", "--output", tmp_path) == 2
+    assert "--alpha 1: tiny has one class here; expected two, or --alpha 0" in capsys.readouterr().err
+
+
+def test_a_run_folder_that_cannot_be_renamed_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "rename", lambda part, folder: (_ for _ in ()).throw(PermissionError(1, "denied")))
+    with pytest.raises(evaluate.UsageError, match="the folder v3 cannot be made there"):
+        train.make_folder(tmp_path, "v3", {})
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_that_is_not_done_is_not_repeated_and_not_shortened(tiny, tmp_path, capsys):
     folder = run(tiny, tmp_path, "--version", "v3", "--lr", "0.02")
-    for flags, message in ((["--epochs", "1"], "epochs that are done: 2"),
+    for flags, message in ((["--epochs", "1"], "the run has completed 2 epochs"),
                            ([], "all 2 of its epochs are done; --epochs N"),
                            (["--epochs", "3", "--lr", "0.1"], "--lr 0.1: a run resumes with its own settings, here"),
                            (["--seeds", "2"], "--resume: resumes one run")):
@@ -1334,7 +1382,7 @@ def test_a_run_that_fails_stops_no_other(pair, tiny, tmp_path, monkeypatch, caps
     assert f"1 of 3 runs failed: {name}; the same command tries them again" in error
     message = re.search(rf"^{name}: failed: train.py: error: (.*) \(status 2; its output is in (.*)\)$", printed,
                         re.MULTILINE)
-    assert "pools a 1x1 map to nothing" in message[1] and message[1] in Path(message[2]).read_text()
+    assert "cannot pool a map of 1x1" in message[1] and message[1] in Path(message[2]).read_text()
     assert sorted(each.name for each in folder.glob("[!.]*")) == [
         "comparison", "v3_dataset-tiny_beta0_epochs2", "v3_dataset-tiny_epochs2"]
     assert [row[0] for row in table(folder)[2:4]] == ["v3", "v3_beta0"]

@@ -272,7 +272,7 @@ def test_a_full_disk_destroys_nothing(tiny, tmp_path, server):
         process.join()
         assert process.exitcode == 1
         if limit > 1000:  # else the message itself cannot be written to the output
-            assert re.search(rf"stopped: {folder}/(best|last)\.pt cannot be written: .*; its whole epochs are in",
+            assert re.search(rf"stopped: {folder}/(best|last)\.pt cannot be written: .*; its completed epochs are in",
                              output.read_text())
         assert_whole(folder)
         assert not list(folder.rglob("*.part"))
@@ -319,7 +319,7 @@ def test_ctrl_c_keeps_the_whole_epochs_and_says_how_to_resume(undisturbed, tiny,
     monkeypatch.setattr(train, "train_epoch", interrupted)
     assert fails([*RUN, "--dataset", tiny, "--epochs", "3", "--output", tmp_path]) == 130
     folder, = tmp_path.iterdir()
-    assert capsys.readouterr().err == (f"train.py: interrupted; its whole epochs are in {folder}; resume with: "
+    assert capsys.readouterr().err == (f"train.py: interrupted; its completed epochs are in {folder}; resume with: "
                                        f"python train.py --resume {folder}\n")
     assert evaluate.load_checkpoint(folder / "last.pt")[1]["epoch"] == 2
     assert train.main(["--resume", str(folder)]) == 0
