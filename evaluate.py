@@ -713,14 +713,14 @@ def collect(paths):
 
 
 # Other settings that are newer than some runs, with their defaults in train.py.
-LATER = dict(shift=0, label_smoothing=0.0, schedule="step", decoder_rate=1.0)
+LATER = dict(shift=0, label_smoothing=0.0, schedule="step")
 
 
 def kind_of(settings, *ignored):
     """What runs have in common that differ by chance alone, as a text to compare; a setting that is missing, as in
     runs older than it, counts as its default."""
     settings = {name: needed.default for name, needed in NEEDED.items()} | LATER | settings
-    if settings["dataset"] not in data.NAMES or not Path(settings["data_dir"]).is_dir():
+    if str(settings["dataset"]) not in data.NAMES or not Path(str(settings["data_dir"])).is_dir():
         ignored += ("data_dir",)  # does not matter, or is on another machine
     return json.dumps({key: value for key, value in settings.items()
                        if value is not None and value is not False and key not in (*INCIDENTAL, *ignored)},

@@ -18,8 +18,8 @@ Tokens are joined by `>`; where a map meets a linear layer it is flattened.
     N(n)    linear to n means and n log-variances, the last of   linear
             an encoder; the code is drawn from that normal
             distribution in training, else it is the mean
-    W(n)    2x2 conv to n channels, hardswish, an encoder's      1x1 conv
-            first; its first filters are fixed by `whiten`
+    W(n)    fixed 2x2 conv to n channels, hardswish, an          nothing
+            encoder's first; `whiten` sets its filters
     B(n)    3x3 conv to n channels without bias, max-pool,       2x2 transposed conv, stride 2
             batch norm, hardswish
     B'(n)   the same without the pool                            1x1 conv
@@ -190,19 +190,16 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 
 
 class WhiteningConv2d(nn.Module):
-    """A 2x2 convolution, with a row and a column of repeated border, whose first filters are fixed (8 for grey
-    images, 24 for coloured ones): `whiten` sets them so that they decorrelate the pixels of a patch."""
+    """A fixed 2x2 convolution with a row and a column of repeated border: `whiten` sets its first filters (8 for grey
+    images, 24 for coloured ones) so that they decorrelate the pixels of a patch; the others stay random."""
 
     def __init__(self, channels, n):
         super().__init__()
-        plain = nn.Conv2d(channels, n, 2)
-        fixed = min(n, 8 * channels)
-        self.register_buffer("fixed", plain.weight[:fixed].detach().clone())  # (fixed, C, 2, 2)
-        self.weight, self.bias = nn.Parameter(plain.weight[fixed:].detach().clone()), plain.bias
+        self.register_buffer("weight", nn.Conv2d(channels, n, 2).weight.detach().clone())
 
     def forward(self, x):  # (B, C, H, W) -> (B, n, H, W): a product of each pixel's patch with a matrix
-        weight = torch.cat([self.fixed, self.weight]).permute(0, 2, 3, 1).flatten(1)  # (n, 2 * 2 * C)
-        return F.linear(patches(x), weight, self.bias).permute(0, 3, 1, 2)
+        weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # (n, 2 * 2 * C)
+        return F.linear(patches(x), weight).permute(0, 3, 1, 2)
 
 
 def patches(x):
@@ -214,7 +211,7 @@ def patches(x):
 
 @torch.no_grad()
 def whiten(model, images):
-    """Fixes the first filters of a model whose encoder begins with W(n) by normalised images (N, C, H, W): the
+    """Sets the first filters of a model whose encoder begins with W(n) from normalised images (N, C, H, W): the
     eigenvectors of the second moments of their 2x2 patches, each divided by its root mean square, and their negatives
     (as in Jordan's airbench, 2024). Until then they are random."""
     layer, c = model.encoder[0], images.shape[1]
@@ -222,7 +219,8 @@ def whiten(model, images):
     values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
     filters = (vectors / (values.clamp(min=0) + 5e-4).sqrt()).T.flip(0)  # the largest variance first
     filters = filters.view(-1, 2, 2, c).permute(0, 3, 1, 2)
-    layer.fixed.copy_(torch.cat([filters, -filters])[:len(layer.fixed)])
+    filters = torch.cat([filters, -filters])[:len(layer.weight)]
+    layer.weight[:len(filters)] = filters
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -343,6 +341,10 @@ def _identity_conv(c, n):
     return conv
 
 
+def _no_layers(before, after):
+    return []
+
+
 def _pointwise_mirror(before, after):
     return [nn.Conv2d(after[0], before[0], 1)]  # faster than a transposed one
 
@@ -362,12 +364,12 @@ KINDS = {
     "L'": Kind(lambda n, features: ([nn.Linear(features, n)], (n,)), _linear_mirror, "vector"),
     # Autoencoder makes a code of n values from the 2n.
     "N": Kind(lambda n, features: ([nn.Linear(features, 2 * n)], (n,)), _linear_mirror, "vector"),
-    "W": Kind(lambda n, c, h, w: ([WhiteningConv2d(c, n), nn.Hardswish()], (n, h, w)), _pointwise_mirror),
+    "W": Kind(lambda n, c, h, w: ([WhiteningConv2d(c, n), nn.Hardswish()], (n, h, w)), _no_layers),
     "B": Kind(lambda n, c, h, w: ([_identity_conv(c, n), nn.MaxPool2d(2), BatchNorm2d(n), nn.Hardswish()],
                                   (n, h // 2, w // 2)), _doubling_mirror),
     "B'": Kind(lambda n, c, h, w: ([_identity_conv(c, n), BatchNorm2d(n), nn.Hardswish()], (n, h, w)),
                _pointwise_mirror),
-    "D": Kind(lambda p, *shape: ([Dropout(p)], shape), lambda before, after: [], "either"),
+    "D": Kind(lambda p, *shape: ([Dropout(p)], shape), _no_layers, "either"),
     "A": Kind(lambda n, c, h, w: ([_pool((h, w), (n, n), nn.AvgPool2d, nn.AdaptiveAvgPool2d)], (c, n, n)), None),
     "M": Kind(lambda n, c, h, w: ([_pool((h, w), (n, n), nn.MaxPool2d, nn.AdaptiveMaxPool2d)], (c, n, n)), None),
     "T": Kind(lambda n, c, h, w: ([ConvTranspose2d(c, n, 2, stride=2), nn.ReLU()], (n, 2 * h, 2 * w)), None),
@@ -445,14 +447,18 @@ def layers(notation, shape):
 
 def mirror(steps):
     """The decoder of an encoder from its notation's Steps: every layer backwards, ReLU after each but the last."""
-    modules = []
+    modules, image, encoder = [], steps[0].before, steps[0].token.where
+    steps = [step for step in steps if KINDS[step.token.kind].mirror is not _no_layers]
+    if not steps:
+        raise NotationError(f"{encoder}: has no mirror alone; expected a layer that is trained, or no decoder "
+                            "(--no-decoder)")
+    steps[0] = steps[0]._replace(before=image)  # not what W makes of it
     for token, before, after, _ in reversed(steps):
         kind = KINDS[token.kind]
         if kind.mirror is None:
             raise NotationError(f"{token.where}: {token.kind} has no mirror; write the decoder out (--decoder), or "
                                 "leave it out (--no-decoder)")
-        made = kind.mirror(before, after)
-        modules += [*made, nn.ReLU()] if made else []
+        modules += [*kind.mirror(before, after), nn.ReLU()]
     return nn.Sequential(*modules[:-1])
 
 

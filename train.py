@@ -167,7 +167,6 @@ SETTINGS = {
                 "fifth of --lr up to it in 0.23 of the steps, then down to 0.07 of it"),
         Setting("lr_step", 10, COUNT, "N", "epochs between two reductions of the learning rate"),
         Setting("lr_decay", 0.1, Number(float, 0, 1, above=True), "X", "factor of each reduction"),
-        Setting("decoder_rate", 1.0, POSITIVE, "X", "the decoder's learning rate, as a multiple of --lr"),
         Setting("lookahead", False, bool, "", "every five steps, replace the weights by their running average"),
         Setting("epochs", 40, COUNT, "N", "passes over the training images"),
         Setting("batch_size", 32, COUNT, "N", "images per step, of all processes together"),
@@ -207,7 +206,7 @@ JOINT = OTHERS | dict(scale="-1..1", classes=["automobile", "cat", "dog", "horse
                       noise=0.05, clean_test=True, alpha=0.1, epochs=10)  # 0.05 of 0-1 is 0.1 of -1..1
 FASHION = OTHERS | dict(dataset="fashionmnist", epochs=30, batch_size=64)
 V5 = dict(beta=0.2, label_smoothing=0.2, shift=2, alternate=True, lr=0.73, momentum=0.85,
-          weight_decay=0.00133, schedule="triangle", decoder_rate=0.2, lookahead=True, epochs=10, batch_size=500)
+          weight_decay=0.00133, schedule="triangle", lookahead=True, epochs=10, batch_size=500)
 KINDS, LATENT = ["mlp", "combo", "cnn"], ["cnn10", "cnn32", "cnn100", "cnn1000"]
 DEPTHS = ["cnnL1", "cnnL3", "cnnL5", "cnnL10"]
 RECIPES = dict.fromkeys([*models.VERSIONS, "custom"], {}) | {
@@ -319,11 +318,8 @@ def make_optimizer(model, s):
     device = parameters[0].device.type
     fused = device == "cpu" or (device == "cuda" and s.optimizer != "adagrad")
     momentum = {"momentum": s.momentum} if s.optimizer == "sgd" else {}
-    decoder = set(model.decoder.parameters()) if model.decoder is not None and s.decoder_rate != 1 else set()
-    groups = [dict(params=[p for p in parameters if p not in decoder], rate=1.0),  # multiples of the learning rate
-              dict(params=[p for p in parameters if p in decoder], rate=s.decoder_rate)]
-    return OPTIMIZERS[s.optimizer]([group for group in groups if group["params"]], lr=s.lr, fused=fused or None,
-                                   weight_decay=s.weight_decay + s.gamma, **momentum)
+    return OPTIMIZERS[s.optimizer](parameters, lr=s.lr, weight_decay=s.weight_decay + s.gamma, fused=fused or None,
+                                   **momentum)
 
 
 def restore(optimizer, state):
@@ -428,9 +424,8 @@ def train_epoch(model, dataset, optimizer, s, epoch, show=None, net=None):
     history, seen = torch.zeros(count, len(columns), device=device), [0] * len(columns)
     pull = lookahead(model) if s.lookahead else None
     for step, (batch, labelled, order) in enumerate(steps):
-        lr = learning_rate(s, epoch + step / count)
         for group in optimizer.param_groups:
-            group["lr"] = group["rate"] * lr
+            group["lr"] = learning_rate(s, epoch + step / count)
         tensors = step_tensors(net or model, batch, labelled, order, s, wanted, noise)
         loss, values = losses.weighted_loss(fair_weights(weights, batch, labelled), **tensors,
                                             class_weights=class_weights)
@@ -814,7 +809,6 @@ def check_training(s, given):
             ("jigsaw_grid", "--delta above 0", s.delta), ("class_weights", "--alpha above 0", s.alpha),
             ("labels", "--alpha above 0", s.alpha), ("label_smoothing", "--alpha above 0", s.alpha),
             ("alternate", "flips", (s.flip and s.dataset not in data.NEVER_FLIPPED) or not s.alternate),
-            ("decoder_rate", "a decoder that is trained", evaluate.rebuilds(s)),
             ("lr_step", "--schedule step", s.schedule == "step"),
             ("lr_decay", "--schedule step", s.schedule == "step"),
             ("momentum", "--optimizer sgd", s.optimizer == "sgd"),
@@ -992,7 +986,7 @@ def announce(s, dataset, model, folder):
                         if weight or flag in ("alpha", "beta"))
     print(f"epochs {s.epochs}, batch {s.batch_size}, {s.optimizer} lr {s.lr:g}, {weights}, seed {s.seed}")
     also = differences(s, {name: DEFAULTS[name] for name in (
-        "noise", "rotate", "shift", "alternate", "label_smoothing", "schedule", "decoder_rate", "lookahead")})
+        "noise", "rotate", "shift", "alternate", "label_smoothing", "schedule", "lookahead")})
     if also:
         print(f"also: {', '.join(also)}")
     if s.separate:

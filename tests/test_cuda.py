@@ -209,8 +209,7 @@ FLAGS = {
     "separate": dict(separate=True, epochs=2), "adam": dict(optimizer="adam"), "adagrad": dict(optimizer="adagrad"),
     "separate, not frozen": dict(separate=True, epochs=2, freeze_encoder=False, labels=29),
     "alpha 0": dict(alpha=0.0), "beta 0": dict(beta=0.0), "gamma": dict(gamma=0.1), "no flips": dict(flip=False),
-    "v5": dict(shift=2, alternate=True, label_smoothing=0.2, schedule="triangle", decoder_rate=0.2,
-               lookahead=True)}
+    "v5": dict(shift=2, alternate=True, label_smoothing=0.2, schedule="triangle", lookahead=True)}
 
 
 @pytest.mark.parametrize("changes", FLAGS.values(), ids=FLAGS)

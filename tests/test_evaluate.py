@@ -641,7 +641,7 @@ def test_a_run_older_than_a_setting_is_in_the_group_of_its_default(compared, tmp
         folder = write_run(tmp_path / f"runs/v3_seed{seed}", 50.0 + seed, seed=seed)
         if not seed:
             config = json.loads((folder / "config.json").read_text())
-            for name in ("shift", "schedule", "decoder_rate", "label_smoothing", "lookahead", "flip"):
+            for name in ("shift", "schedule", "label_smoothing", "lookahead", "flip"):
                 del config["settings"][name]
             (folder / "config.json").write_text(json.dumps(config))
     row, = compared(tmp_path / "runs")

@@ -278,8 +278,8 @@ def test_a_handwritten_decoder_takes_any_code_of_its_shape():
 
 @pytest.mark.parametrize("shape", [(3, 9, 7), (1, 6, 6)])
 def test_the_first_filters_whiten_the_images(shape):
-    """The outputs of the first half have a mean square of 1 and do not correlate; the second half is their negative;
-    they are a buffer, the others are learnt."""
+    """The outputs of the first half have a mean square of 1 and do not correlate; the second half is their negative.
+    All filters are fixed."""
     torch.manual_seed(0)
     c = shape[0]
     images = torch.randn(300, *shape).cumsum(2).cumsum(3) + torch.randn(300, *shape)  # pixels that correlate
@@ -287,17 +287,15 @@ def test_the_first_filters_whiten_the_images(shape):
     before, layer = model.encoder[0].weight.clone(), model.encoder[0]
     models.whiten(model, images)
     with torch.no_grad():
-        output = layer(images) - layer.bias[:, None, None]
+        output = layer(images)
     assert output.shape == (300, 30, *shape[1:])
     rows = output.permute(1, 0, 2, 3).flatten(1).double()  # (30, N * H * W)
     first, second, rest = rows.split([4 * c, 4 * c, 30 - 8 * c])
     torch.testing.assert_close(first @ first.T / rows.shape[1], torch.eye(4 * c).double(), atol=0.01, rtol=0)
     torch.testing.assert_close(second, -first, rtol=0, atol=1e-5)
-    assert torch.equal(layer.weight, before) and layer.weight.shape == (30 - 8 * c, c, 2, 2)
-    assert {name for name, _ in layer.named_parameters()} == {"weight", "bias"}
-    kernels = torch.cat([layer.fixed, layer.weight])  # as a plain convolution of the padded images
-    plain = F.conv2d(F.pad(images, (1, 0, 1, 0), "replicate"), kernels, layer.bias)
-    torch.testing.assert_close(layer(images), plain, rtol=1e-4, atol=1e-4)
+    assert torch.equal(layer.weight[8 * c:], before[8 * c:]) and not list(layer.parameters())
+    plain = F.conv2d(F.pad(images, (1, 0, 1, 0), "replicate"), layer.weight)  # of the padded images
+    torch.testing.assert_close(output, plain, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("changes", [
@@ -329,16 +327,27 @@ def test_a_new_block_hands_its_channels_on():
 def test_the_mirror_of_the_new_blocks():
     decoder = build(Version("W(8)>B(6)>B'(5)>C(4)"), (3, 16, 16)).decoder
     assert [type(layer).__name__ for layer in decoder] == [
-        "ConvTranspose2d", "ReLU", "Conv2d", "ReLU", "ConvTranspose2d", "ReLU", "Conv2d"]
-    assert [layer.kernel_size for layer in decoder[::2]] == [(2, 2), (1, 1), (2, 2), (1, 1)]
+        "ConvTranspose2d", "ReLU", "Conv2d", "ReLU", "ConvTranspose2d"]
+    assert [(layer.kernel_size, layer.out_channels) for layer in decoder[::2]] == [((2, 2), 5), ((1, 1), 6), ((2, 2), 3)]
+
+
+@pytest.mark.parametrize("encoder", ["W(4)>D(0.2)>B(6)", "W(4)>L(7)", "W(4)>G(5)", "W(4)>C'(5)>L(6)", "D(0.2)>S(4)"])
+def test_what_follows_whitening_gives_the_images(encoder):
+    model = build(Version(encoder), (3, 9, 9))
+    assert model(torch.randn(2, 3, 9, 9))[1].shape == (2, 3, 9, 9)
+
+
+def test_whitening_alone_has_no_mirror():
+    with pytest.raises(NotationError, match="token 1 'W.4.': has no mirror alone"):
+        build(Version("W(4)>D(0.2)"))
+    assert build(Version("W(4)", decoder=None))(torch.zeros(2, 3, 32, 32)) == (None, None)
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 1), (1, 2, 3), (2, 5, 1)])
 def test_whitening_of_the_smallest_images(shape):
-    model, images = build(Version("W(40)", "M(1)>L'(2)"), shape), torch.rand(1, *shape)
+    model, images = build(Version("W(40)", "M(1)>L'(2)", None), shape), torch.rand(1, *shape)
     models.whiten(model, images)
-    logits, rebuilt = model(images)
-    assert logits.isfinite().all() and rebuilt.shape == images.shape
+    assert model(images)[0].isfinite().all()
 
 
 def test_the_temperature_divides_the_logits():
@@ -634,8 +643,8 @@ def test_multiply_adds_by_hand():
     assert adds["encoder", "Conv2d"] == 8 * 8 * 4 * 3 * 9
     assert adds["classifier", "Linear"] == 4 * 4 * 4 * 10
     assert adds["decoder", "ConvTranspose2d"] == 4 * 4 * 4 * 3 * 2 * 2
-    rows = models.trace(build(Version("W(30)"), (3, 8, 8)))
-    assert rows[0][4] == 8 * 8 * 30 * 3 * 2 * 2 and rows[0][3] == 6 * 3 * 2 * 2 + 30  # 24 filters are fixed
+    rows = models.trace(build(Version("W(30)", decoder=None), (3, 8, 8)))
+    assert rows[0][4] == 8 * 8 * 30 * 3 * 2 * 2 and rows[0][3] == 0  # its filters are fixed
 
 
 # ---------------------------------------------------------------- checkpoints
