@@ -636,8 +636,8 @@ def choose(dataset, names):
     """The Dataset of the classes of those names alone, renumbered in the set's order. Raises DataError."""
     unknown = set(names) - set(dataset.classes)
     if unknown or len(set(names)) < len(names):
-        raise DataError(f"{f'no class {sorted(unknown)[0]!r}' if unknown else 'a class twice'}; expected some of {dataset.name}'s: "
-                        f"{','.join(dataset.classes)}")
+        problem = f"no class {sorted(unknown)[0]!r}" if unknown else "a class twice"
+        raise DataError(f"{problem}; expected some of {dataset.name}'s: {','.join(dataset.classes)}")
     kept = [label for label, name in enumerate(dataset.classes) if name in names]
     number = torch.full((len(dataset.classes),), -1)
     number[kept] = torch.arange(len(kept))
@@ -743,7 +743,7 @@ def vary(split, classes, variant, shares, seed):
     if 0 in wanted:
         raise DataError(f"class {classes[wanted.index(0)]!r} is left with no training image")
     if not shares and (variant == "constrained" or len(set(before)) == 1):
-        raise DataError(f"has no effect on classes of equal size; name the shares to keep, such "
+        raise DataError(f"leaves all images as they are; name the shares to keep, such "
                         f"as --constrain {classes[0]}=0.5")
     split = resample(split, wanted, seed)
     if variant == "smote":

@@ -566,13 +566,13 @@ def draw_confusion(confusion, classes, path, title):
 
 class Run(NamedTuple):
     folder: Path
-    settings: dict  # of config.json
+    settings: dict  # of config.json, with its precision and hash of the data
     rows: list      # of log.csv: dicts of floats, None where a cell is empty
     metrics: dict   # of metrics.json
 
 
 # Settings in which repetitions of one run may differ.
-INCIDENTAL = "seed", "name", "device"
+INCIDENTAL = "seed", "name", "device", "data_dir"
 
 
 def chosen_on(rows):
@@ -601,7 +601,8 @@ def read_run(folder):
         config, metrics = (json.loads((folder / name).read_text()) for name in ("config.json", "metrics.json"))
         if metrics["epochs"] != config["settings"]["epochs"]:
             raise ValueError
-        return Run(folder.resolve(), config["settings"] | {"precision": config["precision"]}, rows, metrics)
+        settings = config["settings"] | {"precision": config["precision"], "data": config.get("data")}
+        return Run(folder.resolve(), settings, rows, metrics)
     except (OSError, KeyError, ValueError, IndexError, TypeError) as error:
         raise UsageError(f"{folder}: not the folder of a finished run; expected config.json, log.csv and "
                          f"metrics.json ({getattr(error, 'strerror', None) or 'unreadable'})") from None
@@ -709,21 +710,22 @@ def collect(paths):
                 print(f"evaluate.py: {folder} is left out: it has not finished", file=sys.stderr)
     if not runs:
         raise UsageError(f"{' '.join(map(str, paths))}: no finished run there")
-    return runs
+    return list({run.folder: run for run in runs}.values())
 
 
 # Other settings that are newer than some runs, with their defaults in train.py.
 LATER = dict(shift=0, label_smoothing=0.0, schedule="step")
+# Settings of some older runs that are no more, with what they were by default.
+GONE = dict(nesterov=False, decoder_rate=1.0, bias_rate=1.0)
 
 
 def kind_of(settings, *ignored):
     """What runs have in common that differ by chance alone, as a text to compare; a setting that is missing, as in
     runs older than it, counts as its default."""
     settings = {name: needed.default for name, needed in NEEDED.items()} | LATER | settings
-    if str(settings["dataset"]) not in data.NAMES or not Path(str(settings["data_dir"])).is_dir():
-        ignored += ("data_dir",)  # does not matter, or is on another machine
     return json.dumps({key: value for key, value in settings.items()
-                       if value is not None and value is not False and key not in (*INCIDENTAL, *ignored)},
+                       if value is not None and value is not False and key not in (*INCIDENTAL, *ignored)
+                       and value != GONE.get(key)},
                       sort_keys=True)
 
 
@@ -982,6 +984,11 @@ def load_test(model, content, device, with_train=False):
     Completes the settings. UsageError."""
     s = content["settings"]
     dataset = match_classes(prepare_data(s, not with_train, model.version.in_shape[0]), content["classes"])
+    return check_shape(dataset, model, s).to(device)
+
+
+def check_shape(dataset, model, s):
+    """The Dataset, whose images the network takes, scaled if need be (s.size is completed). UsageError."""
     channels, height, width = model.version.in_shape
     shape = dataset.test.images.shape[1:]
     if s.size is None and tuple(shape[1:]) != (height, width):
@@ -989,7 +996,7 @@ def load_test(model, content, device, with_train=False):
     if shape[0] != channels or (s.size and height != width):
         raise UsageError(f"--dataset {s.dataset}: has images of {'x'.join(map(str, shape))}, "
                          f"the checkpoint takes {channels}x{height}x{width}")
-    return dataset.to(device)
+    return dataset
 
 
 MEASURES = [("MSE", "mse", "{:.6f}"), ("MAE", "mae", "{:.5f}"), ("PSNR", "psnr", "{:.2f} dB"),
@@ -1067,7 +1074,7 @@ def report_anomaly(model, content, device, name, folder):
                          f"it: --classes {others}")
     s.classes = [*classes, name]
     try:
-        dataset = prepare_data(s, True, model.version.in_shape[0]).to(device)
+        dataset = check_shape(prepare_data(s, True, model.version.in_shape[0]), model, s).to(device)
     except data.DataError as error:  # that it has no such class
         raise UsageError(f"--anomaly {name}: {re.sub('^--classes [^:]*: ', '', str(error))}") from None
     unseen = dataset.test.labels == dataset.classes.index(name)
@@ -1126,8 +1133,8 @@ def evaluate(args):
     if args.codes and (not Path(args.codes).parent.is_dir() or Path(args.codes).suffix != ".npz"):
         raise UsageError(f"--codes {args.codes}: expected a file named .npz to write in a folder that exists")
     model = model.to(device)
-    folder = Path(args.output or Path(args.ckpt).parent / "-".join(
-        ["evaluation", Path(args.ckpt).stem, *([file_name(Path(args.dataset).stem)] if args.dataset else [])]))
+    of = f"-{file_name(Path(args.dataset).resolve().name)}" if args.dataset else ""
+    folder = Path(args.output or Path(args.ckpt).parent / f"evaluation-{Path(args.ckpt).stem}{of}")
     if args.images:
         folder /= "images"
         result, codes = classify_pictures(model, content, args.images, device, folder)
@@ -1191,7 +1198,7 @@ def make_parser():
     parser.add_argument("--data-dir", help="where named sets are (default: where training found them)")
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:1 (default: auto)")
     parser.add_argument("--output", help="where the report goes (default: a folder evaluation-best "
-                        "beside best.pt, with --dataset named after that too; a folder comparison beside the first run)")
+                        "beside best.pt, named after --dataset too; a folder comparison beside the first run)")
     parser.error = fail
     return parser
 

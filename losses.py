@@ -107,9 +107,10 @@ def weighted_loss(weights, **tensors):
     unknown = set(weights) - set(TERMS)
     if unknown:
         raise ValueError(f"no weight {sorted(unknown)[0]!r}; there are {' '.join(TERMS)}")
-    missing = needed(weights) - set(tensors) - set(OPTIONAL)
+    given = [name for name, tensor in tensors.items() if tensor is not None]
+    missing = needed(weights) - set(given) - set(OPTIONAL)
     if missing:
-        raise ValueError(f"no tensor {sorted(missing)[0]!r}, which these weights need; got {' '.join(tensors)}")
+        raise ValueError(f"no tensor {sorted(missing)[0]!r}, which these weights need; got {' '.join(given)}")
     terms = {term.name: term.loss(*(tensors.get(name) for name in term.needs))
              for flag, term in TERMS.items() if weights.get(flag)}
     if not terms:

@@ -54,7 +54,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-CHECKPOINT = "autoencoder checkpoint, format 2"
+CHECKPOINT = "autoencoder checkpoint, format 3"
 LARGEST = 500_000_000  # weights of one layer: 2 GB in float32
 
 
@@ -450,8 +450,8 @@ def mirror(steps):
     modules, image, encoder = [], steps[0].before, steps[0].token.where
     steps = [step for step in steps if KINDS[step.token.kind].mirror is not _no_layers]
     if not steps:
-        raise NotationError(f"{encoder}: has no mirror alone; expected a layer that is trained, or no decoder "
-                            "(--no-decoder)")
+        raise NotationError(f"{encoder}: has no mirror alone; expected a layer that is trained after it, or "
+                            "no decoder")
     steps[0] = steps[0]._replace(before=image)  # not what W makes of it
     for token, before, after, _ in reversed(steps):
         kind = KINDS[token.kind]
@@ -503,7 +503,8 @@ def find(name):
 
 
 def build(version, in_shape=None, num_classes=10, **changes):
-    """A network: an Autoencoder for images of in_shape (channels, height, width).
+    """A network: an Autoencoder for images of in_shape (channels, height, width). Where its encoder begins with W(n)
+    (v5), call `whiten(model, images)` before training: until then those filters are random.
 
     version: a name of VERSIONS, or a Version. in_shape: the version's own where None. changes: fields of Version to
     replace, e.g. encoder="C(16)", decoder=None. The model carries `model.version` (with its in_shape) and
@@ -681,7 +682,11 @@ def load(path):
             if any(entry.compress_type for entry in file.infolist()) or file.testzip():
                 raise ValueError("its zip archive is damaged or compressed")
             content = torch.load(path, map_location="cpu", weights_only=True)
-            if content["kind"] == "autoencoder checkpoint, format 1":
+            # Of format 2, B and B' had another activation.
+            if content["kind"] == "autoencoder checkpoint, format 2" and not re.search(
+                    r"B'?\(", f"{content['version']}"):
+                content["kind"] = CHECKPOINT
+            if content["kind"] in ("autoencoder checkpoint, format 1", "autoencoder checkpoint, format 2"):
                 raise CheckpointError(f"{path}: written by an earlier version of this program; train the network "
                                       "again")
             classes, weights = content["classes"], content["model"]

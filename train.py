@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import csv
 import datetime
+import hashlib
 import itertools
 import json
 import math
@@ -163,8 +164,8 @@ SETTINGS = {
         Setting("lr", 0.01, POSITIVE, "X", "learning rate"),
         Setting("momentum", 0.9, Number(float, 0, 1), "X", "momentum of sgd"),
         Setting("weight_decay", 1e-4, Number(float, 0), "X", "the optimizer's weight decay"),
-        Setting("schedule", "step", ("step", "triangle"), "", "of the learning rate: step (--lr-step), or triangle: from a "
-                "fifth of --lr up to it in 0.23 of the steps, then down to 0.07 of it"),
+        Setting("schedule", "step", ("step", "triangle"), "", "of the learning rate: step (--lr-step), or triangle: from "
+                "a fifth of --lr up to it in 0.23 of the steps, then down to 0.07 of it"),
         Setting("lr_step", 10, COUNT, "N", "epochs between two reductions of the learning rate"),
         Setting("lr_decay", 0.1, Number(float, 0, 1, above=True), "X", "factor of each reduction"),
         Setting("lookahead", False, bool, "", "every five steps, replace the weights by their running average"),
@@ -633,7 +634,7 @@ def differences(s, usual):
     parts = []
     for key, value in usual.items():
         chosen, flag = getattr(s, key), key.replace("_", "-")
-        if chosen == value or (key in evaluate.INCIDENTAL and key != "seed") or key in ("version", "data_dir") or (
+        if chosen == value or (key in evaluate.INCIDENTAL and key != "seed") or key == "version" or (
                 (key == "beta" and s.decoder == "none") or (key == "flip" and s.dataset in data.NEVER_FLIPPED)):
             continue
         if isinstance(chosen, bool) or chosen == "none":
@@ -700,14 +701,16 @@ def git_commit():
 
 def find_run(output, s):
     """The folder in `output` of the run with exactly these settings, else None."""
+    def identity(settings):
+        return evaluate.kind_of(DEFAULTS | settings), settings["seed"]
     found = []
     for path in sorted(Path(output).glob("[!.]*/config.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             settings = json.loads(path.read_text())["settings"]
-            # A data folder that is gone counts as moved; another one that is there has other data.
-            ignored = () if Path(settings["data_dir"]).is_dir() else ("data_dir",)
-            kinds = [evaluate.kind_of(DEFAULTS | each, *ignored) for each in (settings, vars(s))]
-            if (kinds[0] == kinds[1] and settings["seed"] == s.seed
+            # A named set in another folder, where the run's own one is still there, is other data.
+            before = settings["data_dir"]
+            other = s.dataset in data.NAMES and s.data_dir != before and Path(before).is_dir()
+            if (identity(settings) == identity(vars(s)) and not other
                     and (not s.name or settings.get("name") == s.name)):
                 found.append(path.parent)
     return next(filter(evaluate.finished, found), found[0] if found else None)
@@ -778,7 +781,7 @@ def check_network(s, given):
     if not (s.classifier or version.classifier):
         lacks["logits"] = f"{s.version} has no classifier; --classifier NOTATION adds one"
     if no_decoder:
-        lacks["reconstruction"] = f"the network has no decoder; expected 0, or --decoder mirror"
+        lacks["reconstruction"] = "the network has no decoder; expected 0, or --decoder mirror"
         lacks["jigsaw_reconstruction"] = lacks["reconstruction"]
     if "N(" not in (s.encoder or version.encoder):
         lacks["mean"] = "needs an encoder that ends in N(n)"
@@ -812,9 +815,9 @@ def check_training(s, given):
             ("lr_step", "--schedule step", s.schedule == "step"),
             ("lr_decay", "--schedule step", s.schedule == "step"),
             ("momentum", "--optimizer sgd", s.optimizer == "sgd"),
-            ("labels", "--variant without copies of images", s.variant not in ("oversampled", "smote")),
+            ("labels", "a --variant that copies no image", s.variant not in ("oversampled", "smote")),
             ("margin", "--size", s.size), ("clean_test", "--noise above 0", s.noise),
-            ("flip", "images other than digits", not s.flip or s.dataset not in data.NEVER_FLIPPED)):
+            ("flip", "images that may be mirrored, unlike digits", not s.flip or s.dataset not in data.NEVER_FLIPPED)):
         if flag in given and not has:
             raise UsageError(f"--{flag.replace('_', '-')}: has no effect without {needs}")
 
@@ -847,10 +850,14 @@ def reopen(given, folder):
     try:
         config = json.loads((folder / "config.json").read_text())
         known = {key: value for key, value in config["settings"].items() if key in DEFAULTS}
+        gone = [key for key, usual in evaluate.GONE.items() if config["settings"].get(key, usual) != usual]
         s = Namespace(**recipe(known["version"]) | parse(as_flags(known)) | {"precision": config["precision"]})
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         raise UsageError(f"--resume {folder}: expected the folder of a run, with a config.json of this "
                          "version of the program") from None
+    if gone:
+        raise UsageError(f"--resume {folder}: begun by an earlier version with --{gone[0].replace('_', '-')}, which is "
+                         "no more; start another run")
     if given.get("epochs", s.epochs) != s.epochs:
         for depends, what in ((s.separate, "--separate"), (s.schedule != "step", f"--schedule {s.schedule}"),
                               (s.lookahead, "--lookahead")):
@@ -1009,6 +1016,7 @@ def keep_config(requested, s, dataset, model, folder, output, command):
         "source": dataset.source, "classes": dataset.classes,
         "images": {"train": len(dataset.train.labels), "test": len(dataset.test.labels)},
         "image_shape": list(dataset.train.images.shape[1:]),
+        "data": hashlib.sha256(dataset.test.images[:100].cpu().numpy().tobytes()).hexdigest()[:16],
         "images_per_class": dict(zip(dataset.classes, data.counts(dataset.train, len(dataset.classes)))),
         "torch": torch.__version__, "python": platform.python_version(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"
@@ -1018,14 +1026,15 @@ def keep_config(requested, s, dataset, model, folder, output, command):
         return make_folder(output, run_name(Namespace(**settings)), config)
     first = json.loads((folder / "config.json").read_text())
     config["settings"] = settings = settings | {"precision": first["settings"]["precision"]}  # "auto", as asked for
-    for key in ("classes", "images", "image_shape"):
-        if config[key] != first[key]:
-            raise UsageError(f"--resume {folder}: the data set's {key.replace('_', ' ')} are {config[key]}; expected "
-                             f"{first[key]}, as when the run began")
+    for key, name in (("classes", "classes"), ("images", "images"), ("image_shape", "image shape"),
+                      ("data", "test images by their hash")):
+        if key in first and config[key] != first[key]:
+            raise UsageError(f"--resume {folder}: the data set's {name} are {config[key]}; expected {first[key]}, as "
+                             "when the run began")
     resumed = first.get("resumed", []) + [{key: config[key] for key in ("command", "git", "started")}]
     evaluate.write_json(folder / "config.json", config | {key: first[key] for key in ("command", "git", "started")}
                         | {"resumed": resumed})
-    before = run_name(Namespace(**settings | {"epochs": first["settings"]["epochs"]}))
+    before = run_name(Namespace(**DEFAULTS | first["settings"]))
     renamed = folder.with_name(run_name(Namespace(**settings)))
     if folder.name == before != renamed.name and not renamed.exists():  # lengthened: another number of epochs
         print(f"{folder} is now {renamed}")
@@ -1049,7 +1058,8 @@ def finish(rows, tested, model, dataset, s, folder):
         accuracy, counts = metrics["accuracy"], data.counts(dataset.test, len(dataset.classes))
         print(f"test accuracy: {accuracy['last']:.2f} % after the last epoch; best (on "
               f"{accuracy['best_chosen_on']}) {accuracy['best']:.2f} %, epoch {accuracy['best_epoch']}"
-              + f"; always predicting the largest class gives {accuracy['largest_class']:.2f} %" * (len(set(counts)) > 1))
+              + f"; always predicting the largest class gives {accuracy['largest_class']:.2f} %"
+              * (len(set(counts)) > 1))
         if "mirrored" in accuracy:
             print(f"with the logits of each image and its mirror image averaged: {accuracy['mirrored']:.2f} %")
     if metrics["reconstruction"]:
@@ -1185,13 +1195,15 @@ def child(given, threads, output_file):
 NUMBERS = itertools.count()  # of the files in which children that have no folder yet write
 
 
+def resumed(given, s, folder):
+    """The flags that resume the interrupted run of these flags in its folder."""
+    return {"resume": str(folder), "data_dir": s.data_dir} | {key: given[key] for key in ("device",) if key in given}
+
+
 def start_child(context, given, s, output, threads):
     """(a running process, the file of its output)."""
     folder = find_run(output, s)
-    if folder:  # interrupted earlier
-        given = {key: given[key] for key in ("device", "data_dir") if key in given} | {"resume": str(folder)}
-    else:
-        given = given | {"output": str(output)}
+    given = resumed(given, s, folder) if folder else given | {"output": str(output)}
     file = folder / "output.txt" if folder else output / f".output-{os.getpid()}-{next(NUMBERS)}.txt"
     file.touch()
     process = context.Process(target=child, args=(given, threads, file))
@@ -1292,7 +1304,7 @@ def train_many(given, command):
             if processes > 1:
                 dist.barrier()  # all have looked before the first one writes
             folder = find_run(output, s)
-            execute({"resume": str(folder)} if folder else each | {"output": str(output)}, command)
+            execute(resumed(each, s, folder) if folder else each | {"output": str(output)}, command)
     elif todo:
         jobs, threads = jobs_and_threads(given, [s for _, s in pairs])
         evaluate.prepare_data(todo[0][1])  # one that is unavailable is an error now, not of each run

@@ -469,7 +469,7 @@ def test_load_is_its_steps_called_one_by_one(arguments, few_shapes):
 @pytest.mark.parametrize("arguments, expected", [
     (dict(classes=["dog"]), "--classes dog: no class 'dog'"), (dict(train_size=201), "--train-size: 201 images asked"),
     (dict(test_size=101), "--test-size: 101 images"), (dict(val_share=0.001), "--val-share: a share of 0.001 of 200"),
-    (dict(variant="constrained"), "--variant constrained: has no effect on classes of equal size"),
+    (dict(variant="constrained"), "--variant constrained: leaves all images as they are"),
     (dict(variant="smote", constrain={"ring": 0.05}), "--variant smote: class 1 has 1 training images"),
     (dict(labels=201), "--labels: 201 images asked for; the set has 200"),
     (dict(labels=181, val_share=0.1), "--labels: 181 images asked for; the set has 180")])
@@ -937,7 +937,7 @@ def test_other_classes_and_shares():
 
 @pytest.mark.parametrize("variant, shares, expected", [
     ("constrained", {"cat": 0.5}, "no class 'cat'"), ("constrained", {"bird": 0.001}, "'bird' is left with no"),
-    ("smote", {}, "has no effect on classes of equal size"), ("smote", {"bird": 0.02}, "expected two or more")])
+    ("smote", {}, "leaves all images as they are"), ("smote", {"bird": 0.02}, "expected two or more")])
 def test_variants_that_cannot_be_made(variant, shares, expected):
     with pytest.raises(data.DataError, match=expected):
         data.vary(unequal([40, 40, 40, 40]), NAMES, variant, shares, 0)

@@ -243,7 +243,8 @@ def test_other_classes_are_refused(colours, names, message, tmp_path, capsys):
     assert end.value.code == 2 and message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("classes", [["кот", "пёс", "ёж"], ["C", "C++", "C#"], ["猫", "犬", "鳥"], ["-1", "0", "1"]])
+@pytest.mark.parametrize("classes", [
+    ["кот", "пёс", "ёж"], ["C", "C++", "C#"], ["猫", "犬", "鳥"], ["-1", "0", "1"]])
 def test_names_that_differ_in_other_characters_are_different_classes(classes):
     """Characters that the comparison ignores must not make two classes one."""
     images = torch.zeros(3, 1, 2, 2, dtype=torch.uint8)
@@ -401,7 +402,15 @@ def test_an_anomaly_without_test_images_is_refused(tiny, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         evaluate.main(["--ckpt", str(folder / "best.pt"), "--anomaly", "bars", "--device", "cpu"])
     error = capsys.readouterr().err
-    assert end.value.code == 2 and "--anomaly bars: " in error and "expected test images of that class and of others" in error
+    assert end.value.code == 2 and "--anomaly bars: " in error and "expected test images of that" in error
+    grey = data.shapes(train=20, test=20)
+    images = grey.test.images[:, :1].numpy()
+    np.savez(tmp_path / "grey.npz", x_train=images, y_train=grey.test.labels, x_test=images, y_test=grey.test.labels,
+             classes=np.array(data.SHAPES))
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(["--ckpt", str(folder / "best.pt"), "--anomaly", "bars", "--device", "cpu", "--dataset",
+                       str(tmp_path / "grey.npz")])
+    assert end.value.code == 2 and "has images of 1x32x32, the checkpoint takes 3x" in capsys.readouterr().err
 
 
 def test_the_first_part_of_separate_training_has_no_accuracy(tiny, trained, tmp_path, monkeypatch, capsys):
@@ -643,27 +652,26 @@ def test_a_run_older_than_a_setting_is_in_the_group_of_its_default(compared, tmp
             config = json.loads((folder / "config.json").read_text())
             for name in ("shift", "schedule", "label_smoothing", "lookahead", "flip"):
                 del config["settings"][name]
+            config["settings"] |= {"nesterov": False, "decoder_rate": 1.0, "bias_rate": 1.0}  # no more
             (folder / "config.json").write_text(json.dumps(config))
     row, = compared(tmp_path / "runs")
     assert row["n"] == "2"
 
 
-def test_the_same_set_in_two_folders_makes_two_groups(compared, tmp_path):
-    for place in ("one", "two", "away"):
-        if place != "away":
-            (tmp_path / place).mkdir()
-        write_run(tmp_path / f"runs/v3_{place}", 50.0, data_dir=str(tmp_path / place), seed=1)
-    assert {row["run"]: row["n"] for row in compared(tmp_path / "runs")} == {"v3_one": "1", "v3_two": "1", "v3_away": "1"}
-    write_run(tmp_path / "shapes/v3", 50.0, dataset="shapes", data_dir=str(tmp_path / "one"))
-    write_run(tmp_path / "shapes/v3_seed1", 50.0, dataset="shapes", data_dir=str(tmp_path / "two"), seed=1)
-    row, = compared(tmp_path / "shapes")
-    assert row["n"] == "2"
+def test_runs_on_other_images_are_another_group(compared, tmp_path):
+    for seed, digest in enumerate(("ab", "ab", "cd", None)):
+        folder = write_run(tmp_path / f"runs/v3_seed{seed}", 50.0, seed=seed, data_dir=f"{seed}")
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | ({"data": digest} if digest else {})))
+    assert sorted(row["n"] for row in compared(tmp_path / "runs")) == ["1", "1", "2"]
 
 
 def test_a_repeated_run_is_named_and_left_out(compared, tmp_path, capsys):
     for name in ("v3", "v3_run2"):
         write_run(tmp_path / "runs" / name, 50.0)
-    evaluate.group_runs(evaluate.collect([tmp_path / "runs"]))
+    runs = evaluate.collect([tmp_path / "runs", tmp_path / "runs/v3"])
+    assert len(runs) == 2  # the folder that is named twice counts once
+    evaluate.group_runs(runs)
     assert f"{tmp_path / 'runs/v3'} is left out: v3_run2 repeats it" in capsys.readouterr().err
 
 

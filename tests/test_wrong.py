@@ -165,7 +165,7 @@ TRAIN = [  # flags ({} is the folder of wrong things), a part of the answer
     ("--margin", "--margin: has no effect without --size"),
     ("--scale 0..255", "invalid choice: '0..255'"),
     ("--rotate 500", "at most 180"),
-    ("--dataset mnist --flip", "--flip: has no effect without images other than digits"),
+    ("--dataset mnist --flip", "--flip: has no effect without images that may be mirrored"),
     ("--labels 10 --alpha 0", "--labels: has no effect without --alpha above 0"),
     ("--labels 0", "'0': expected a whole number of at least 1"),
     # the loss
