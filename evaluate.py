@@ -795,21 +795,26 @@ def references(groups, against):
     return pairs
 
 
-def table_row(name, groups, reference, key, asked):
+def differences(groups, pairs, key):
+    """{name: the difference_interval of a group and its reference} in the figure `key` of metrics.json; pairs: the
+    name of each one's reference."""
+    values = {name: {seed: result_of(run, key) for seed, run in group.items()} for name, group in groups.items()}
+    return {name: difference_interval(values[name], values[other]) for name, other in pairs.items()
+            if None not in (*values[name].values(), *values[other].values())}
+
+
+def table_row(name, groups, reference, found, asked):
     """The row of a group in a comparison, a dict of texts by column. reference: the name of the group that it is
-    compared with, or None; key: of the compared figure in metrics.json; asked: whether the user named the reference."""
+    compared with, or None; found: their difference_interval; asked: whether the user named the reference."""
     row = {"run": name, "n": str(len(groups[name]))}
     row |= {title: spread(groups[name], *column) for title, *column in COLUMNS}
     row |= {"difference": "", "better": "", "than": ""}
-    if reference:
-        values = [{seed: result_of(run, key) for seed, run in groups[each].items()} for each in (name, reference)]
-        found = None if any(None in each.values() for each in values) else difference_interval(*values)
-        if found:
-            mean, half, paired = found
-            row["difference"] = f"{mean:+.2f} ± {half:.2f}{'' if paired else ' (unpaired)'}"
-            row |= {"better": verdict(found), "than": reference}
-        elif asked:
-            row |= {"difference": "needs two runs of each", "than": reference}
+    if found:
+        mean, half, paired = found
+        row["difference"] = f"{mean:+.2f} ± {half:.2f}{'' if paired else ' (unpaired)'}"
+        row |= {"better": verdict(found), "than": reference}
+    elif reference and asked:
+        row |= {"difference": "needs two runs of each", "than": reference}
     return row
 
 
@@ -825,7 +830,8 @@ def compare(paths, output, against=None):
     pairs = references(groups, against or first)
     key = "accuracy.last" if all("accuracy" in run.metrics for group in groups.values()
                                  for run in group.values()) else "reconstruction.psnr"
-    rows = [table_row(name, groups, pairs.get(name), key, bool(against)) for name in groups]
+    found = differences(groups, pairs, key)
+    rows = [table_row(name, groups, pairs.get(name), found.get(name), bool(against)) for name in groups]
     columns = [title for title in rows[0] if any(row[title] for row in rows)]  # no empty ones
     what = "accuracy (%)" if key.startswith("accuracy") else "PSNR (dB)"
     chosen = sorted({chosen_on(run.rows) for group in groups.values() for run in group.values()})
@@ -845,14 +851,14 @@ def compare(paths, output, against=None):
              *(text for title, text in more.items() if title in columns)]
     output.mkdir(parents=True, exist_ok=True)
     write_whole(output / "comparison.md", lambda part: part.write_text("\n".join(lines) + "\n", encoding="utf-8"))
-    draw_comparison(groups, output / "comparison.png")
+    draw_comparison(groups, found, f"{what}: difference from {against or first}", output / "comparison.png")
     draw_all(groups, output / "sheet.png")
     return groups
 
 
-def draw_comparison(groups, path):
-    """The groups' accuracy and PSNR: each run a dot, their mean with its 95 % interval; below, where the
-    groups are few, their losses over the epochs (mean; the band is from the least to the most)."""
+def draw_comparison(groups, found, title, path):
+    """The groups' accuracy and PSNR: each run a dot, their mean with its 95 % interval; their `differences`; below,
+    where the groups are few, their losses over the epochs (mean; the band is from the least to the most)."""
     panels = [(title, key) for title, key, _ in COLUMNS if key in ("accuracy.last", "reconstruction.psnr")
               and any(result_of(run, key) is not None for group in groups.values() for run in group.values())]
     curves = [term for term in losses.TERMS.values() if term.name in ("classifier", "autoencoder")
@@ -864,14 +870,23 @@ def draw_comparison(groups, path):
     parts = figure.subfigures(len(ratios), 1, squeeze=False, height_ratios=ratios)[:, 0]
     parts[0].suptitle("each run (dots), and the mean of the runs that differ in their seed with its 95 % interval",
                       fontsize=10)
-    for axis, (title, key) in zip(parts[0].subplots(1, len(panels), squeeze=False, sharey=True)[0], panels):
+    found = {name: interval for name, interval in found.items() if interval}
+    axes = parts[0].subplots(1, len(panels) + bool(found), squeeze=False, sharey=True)[0]
+    if found:
+        places = [list(groups).index(name) for name in found]
+        axes[-1].errorbar([mean for mean, *_ in found.values()], places, xerr=[half for _, half, _ in found.values()],
+                          fmt="kd", markersize=5, capsize=3)
+        axes[-1].axvline(0, color="0.5", linestyle=":")
+        axes[-1].set(xlabel=title)
+        axes[-1].grid(alpha=0.3)
+    for axis, (label, key) in zip(axes, panels):
         for place, group in enumerate(groups.values()):
             values = [value for run in group.values() if (value := result_of(run, key)) is not None]
             axis.plot(values, [place] * len(values), ".", color="0.6" if len(values) > 1 else "k")
             if len(values) > 1:
                 mean, half = mean_interval(values)
                 axis.errorbar(mean, place, xerr=half, fmt="kd", markersize=5, capsize=3)
-        axis.set(xlabel=title.replace("%", "% of the test images"), yticks=range(len(groups)),
+        axis.set(xlabel=label.replace("%", "% of the test images"), yticks=range(len(groups)),
                  yticklabels=list(groups), ylim=(len(groups) - 0.5, -0.5))
         axis.grid(alpha=0.3)
     if curves:

@@ -658,6 +658,24 @@ def test_a_run_older_than_a_setting_is_in_the_group_of_its_default(compared, tmp
     assert row["n"] == "2"
 
 
+def test_the_picture_shows_the_differences(tmp_path, monkeypatch):
+    """Accuracy 50, 52, 54 against 51, 54, 57: the mean 2 with its interval, beside the second group."""
+    figures = []
+    monkeypatch.setattr(evaluate, "save_figure", lambda figure, path: figures.append(figure))
+    for seed, (a, b) in enumerate(((50, 51), (52, 54), (54, 57))):
+        write_run(tmp_path / f"runs/v3_seed{seed}", float(a), seed=seed)
+        write_run(tmp_path / f"runs/v3_lr0.5_seed{seed}", float(b), seed=seed, lr=0.5)
+    evaluate.compare([tmp_path / "runs"], tmp_path / "out", against="v3")
+    accuracy, psnr, difference, *_ = figures[0].axes
+    points, _, (bars,) = difference.containers[0]
+    label, = [text.get_text() for text, y in zip(accuracy.get_yticklabels(), accuracy.get_yticks())
+              if y == points.get_ydata()[0]]
+    assert label == "v3_lr0.5" and points.get_xdata() == pytest.approx([2.0])
+    (low, _), (high, _) = bars.get_segments()[0]
+    assert (low, high) == pytest.approx((2 - 4.303 / math.sqrt(3), 2 + 4.303 / math.sqrt(3)), abs=1e-3)
+    assert difference.get_xlabel() == "accuracy (%): difference from v3"
+
+
 def test_runs_on_other_images_are_another_group(compared, tmp_path):
     for seed, digest in enumerate(("ab", "ab", "cd", None)):
         folder = write_run(tmp_path / f"runs/v3_seed{seed}", 50.0, seed=seed, data_dir=f"{seed}")
