@@ -566,7 +566,7 @@ def draw_confusion(confusion, classes, path, title):
 
 class Run(NamedTuple):
     folder: Path
-    settings: dict  # of config.json, with its precision and hash of the data
+    settings: dict  # of config.json
     rows: list      # of log.csv: dicts of floats, None where a cell is empty
     metrics: dict   # of metrics.json
 
@@ -601,8 +601,7 @@ def read_run(folder):
         config, metrics = (json.loads((folder / name).read_text()) for name in ("config.json", "metrics.json"))
         if metrics["epochs"] != config["settings"]["epochs"]:
             raise ValueError
-        settings = config["settings"] | {"precision": config["precision"], "data": config.get("data")}
-        return Run(folder.resolve(), settings, rows, metrics)
+        return Run(folder.resolve(), config["settings"] | {"precision": config["precision"]}, rows, metrics)
     except (OSError, KeyError, ValueError, IndexError, TypeError) as error:
         raise UsageError(f"{folder}: not the folder of a finished run; expected config.json, log.csv and "
                          f"metrics.json ({getattr(error, 'strerror', None) or 'unreadable'})") from None
@@ -1213,7 +1212,8 @@ def make_parser():
     parser.add_argument("--data-dir", help="where named sets are (default: where training found them)")
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:1 (default: auto)")
     parser.add_argument("--output", help="where the report goes (default: a folder evaluation-best "
-                        "beside best.pt, named after --dataset too; a folder comparison beside the first run)")
+                        "beside best.pt, named after --dataset too; comparison in a folder of runs, "
+                        "comparison-RUN beside the first of several runs)")
     parser.error = fail
     return parser
 
@@ -1233,7 +1233,8 @@ def main(argv):
         args.device = args.device or "auto"
         if args.compare:
             first = Path(args.compare[0]).resolve()
-            folder = Path(args.output or (first.parent if (first / "config.json").exists() else first) / "comparison")
+            of_run = first.with_name(f"comparison-{first.name}") if (first / "config.json").exists() else None
+            folder = Path(args.output or of_run or first / "comparison")
             compare(args.compare, folder, args.against)
         else:
             folder = evaluate(args)

@@ -673,7 +673,7 @@ def load(path):
     Runs no code from the file, which may be untrusted. Raises CheckpointError where it is not a whole checkpoint.
     """
     if not Path(path).is_file():
-        raise CheckpointError(f"{path}: no such file; expected a checkpoint such as outputs/v4/best.pt")
+        raise CheckpointError(f"{path}: no such file; expected the best.pt or last.pt of a run")
     try:
         with warnings.catch_warnings(), zipfile.ZipFile(path) as file:
             warnings.simplefilter("ignore")  # the error says enough

@@ -676,12 +676,24 @@ def test_the_picture_shows_the_differences(tmp_path, monkeypatch):
     assert difference.get_xlabel() == "accuracy (%): difference from v3"
 
 
-def test_runs_on_other_images_are_another_group(compared, tmp_path):
-    for seed, digest in enumerate(("ab", "ab", "cd", None)):
-        folder = write_run(tmp_path / f"runs/v3_seed{seed}", 50.0, seed=seed, data_dir=f"{seed}")
+def test_seeds_that_draw_other_test_images_are_one_group(compared, tmp_path):
+    for seed in range(2):
+        folder = write_run(tmp_path / f"runs/v3_seed{seed}", 50.0 + seed, seed=seed, test_size=10)
         config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | ({"data": digest} if digest else {})))
-    assert sorted(row["n"] for row in compared(tmp_path / "runs")) == ["1", "1", "2"]
+        (folder / "config.json").write_text(json.dumps(config | {"data": f"{seed}"}))  # the hash of the images
+    row, = compared(tmp_path / "runs")
+    assert row["n"] == "2"
+
+
+def test_a_comparison_of_some_runs_leaves_that_of_their_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "save_figure", lambda figure, path: None)
+    for seed in range(2):
+        write_run(tmp_path / f"runs/v3_seed{seed}", 50.0, seed=seed)
+    assert evaluate.main(["--compare", str(tmp_path / "runs")]) == 0
+    before = (tmp_path / "runs/comparison/comparison.md").read_text()
+    assert evaluate.main(["--compare", str(tmp_path / "runs/v3_seed1")]) == 0
+    assert (tmp_path / "runs/comparison/comparison.md").read_text() == before
+    assert (tmp_path / "runs/comparison-v3_seed1/comparison.md").exists()
 
 
 def test_a_repeated_run_is_named_and_left_out(compared, tmp_path, capsys):

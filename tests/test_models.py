@@ -761,7 +761,7 @@ def test_files_that_are_missing_or_of_an_earlier_version(tmp_path):
     for path in (tmp_path / "none.pt", tmp_path):
         with pytest.raises(CheckpointError) as error:
             models.load(path)
-        assert str(error.value) == f"{path}: no such file; expected a checkpoint such as outputs/v4/best.pt"
+        assert str(error.value) == f"{path}: no such file; expected the best.pt or last.pt of a run"
     path = tmp_path / "old.pt"
     torch.save({"kind": "autoencoder checkpoint, format 1", "settings": {}}, path)
     with pytest.raises(CheckpointError) as error:

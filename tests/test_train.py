@@ -1019,7 +1019,6 @@ def test_a_run_on_the_same_set_in_another_folder_is_another_run(tmp_path, capsys
     for place, finished in (("one", False), ("one", True), ("two", False), ("two", True)):
         assert train.main([*command, str(tmp_path / place)]) == 0
         assert ("1 of 1 runs are finished already" in capsys.readouterr().out) == finished
-    assert len(evaluate.group_runs(evaluate.collect([tmp_path / "out"]))) == 2  # their images differ
     shutil.rmtree(tmp_path / "one")  # moved: its run counts as one of the folder that is named now
     (tmp_path / "out/v3_dataset-mnist_epochs1_run2").rename(tmp_path / "away")
     assert train.main([*command, str(tmp_path / "two")]) == 0

@@ -254,7 +254,7 @@ TRAIN = [  # flags ({} is the folder of wrong things), a part of the answer
 EVALUATE = [
     ("", "one of the arguments --ckpt --compare is required"),
     ("--ckpt {}/run/best.pt --compare {}/run", "not allowed with argument"),
-    ("--ckpt {}/none.pt", "none.pt: no such file; expected a checkpoint such as outputs/v4/best.pt"),
+    ("--ckpt {}/none.pt", "none.pt: no such file; expected the best.pt or last.pt of a run"),
     ("--ckpt {}/run", "run: is a folder; expected a checkpoint in it"),
     ("--ckpt {}/format-1.pt", "format-1.pt: written by an earlier version of this program; train the network again"),
     ("--ckpt {}/run/best.pt --images {}/file", "file: not a picture"),
