@@ -795,11 +795,12 @@ def references(groups, against):
 
 
 def differences(groups, pairs, key):
-    """{name: the difference_interval of a group and its reference} in the figure `key` of metrics.json; pairs: the
-    name of each one's reference."""
+    """{name: the difference_interval of a group and its reference}, where there is one, in the figure `key` of
+    metrics.json; pairs: the name of each one's reference."""
     values = {name: {seed: result_of(run, key) for seed, run in group.items()} for name, group in groups.items()}
-    return {name: difference_interval(values[name], values[other]) for name, other in pairs.items()
-            if None not in (*values[name].values(), *values[other].values())}
+    return {name: interval for name, other in pairs.items()
+            if None not in (*values[name].values(), *values[other].values())
+            and (interval := difference_interval(values[name], values[other]))}
 
 
 def table_row(name, groups, reference, found, asked):
@@ -855,9 +856,10 @@ def compare(paths, output, against=None):
     return groups
 
 
-def draw_comparison(groups, found, title, path):
-    """The groups' accuracy and PSNR: each run a dot, their mean with its 95 % interval; their `differences`; below,
-    where the groups are few, their losses over the epochs (mean; the band is from the least to the most)."""
+def draw_comparison(groups, found, what, path):
+    """The groups' accuracy and PSNR: each run a dot, their mean with its 95 % interval; `found`, their `differences`
+    in `what`; below, where the groups are few, their losses over the epochs (mean; the band is from the least to the
+    most)."""
     panels = [(title, key) for title, key, _ in COLUMNS if key in ("accuracy.last", "reconstruction.psnr")
               and any(result_of(run, key) is not None for group in groups.values() for run in group.values())]
     curves = [term for term in losses.TERMS.values() if term.name in ("classifier", "autoencoder")
@@ -869,23 +871,22 @@ def draw_comparison(groups, found, title, path):
     parts = figure.subfigures(len(ratios), 1, squeeze=False, height_ratios=ratios)[:, 0]
     parts[0].suptitle("each run (dots), and the mean of the runs that differ in their seed with its 95 % interval",
                       fontsize=10)
-    found = {name: interval for name, interval in found.items() if interval}
     axes = parts[0].subplots(1, len(panels) + bool(found), squeeze=False, sharey=True)[0]
     if found:
         places = [list(groups).index(name) for name in found]
         axes[-1].errorbar([mean for mean, *_ in found.values()], places, xerr=[half for _, half, _ in found.values()],
                           fmt="kd", markersize=5, capsize=3)
         axes[-1].axvline(0, color="0.5", linestyle=":")
-        axes[-1].set(xlabel=title)
+        axes[-1].set(xlabel=what)
         axes[-1].grid(alpha=0.3)
-    for axis, (label, key) in zip(axes, panels):
+    for axis, (title, key) in zip(axes, panels):
         for place, group in enumerate(groups.values()):
             values = [value for run in group.values() if (value := result_of(run, key)) is not None]
             axis.plot(values, [place] * len(values), ".", color="0.6" if len(values) > 1 else "k")
             if len(values) > 1:
                 mean, half = mean_interval(values)
                 axis.errorbar(mean, place, xerr=half, fmt="kd", markersize=5, capsize=3)
-        axis.set(xlabel=label.replace("%", "% of the test images"), yticks=range(len(groups)),
+        axis.set(xlabel=title.replace("%", "% of the test images"), yticks=range(len(groups)),
                  yticklabels=list(groups), ylim=(len(groups) - 0.5, -0.5))
         axis.grid(alpha=0.3)
     if curves:
@@ -994,22 +995,18 @@ def match_classes(dataset, classes):
 
 
 def load_test(model, content, device, with_train=False):
-    """The checkpoint's Dataset (its test part, or both) on the device, checked against the network.
-    Completes the settings. UsageError."""
+    """The checkpoint's Dataset (its test part, or both) on the device, checked against the network. UsageError."""
     s = content["settings"]
     dataset = match_classes(prepare_data(s, not with_train, model.version.in_shape[0]), content["classes"])
     return check_shape(dataset, model, s).to(device)
 
 
 def check_shape(dataset, model, s):
-    """The Dataset, whose images the network takes, scaled if need be (s.size is completed). UsageError."""
-    channels, height, width = model.version.in_shape
-    shape = dataset.test.images.shape[1:]
-    if s.size is None and tuple(shape[1:]) != (height, width):
-        s.size = height
-    if shape[0] != channels or (s.size and height != width):
-        raise UsageError(f"--dataset {s.dataset}: has images of {'x'.join(map(str, shape))}, "
-                         f"the checkpoint takes {channels}x{height}x{width}")
+    """The Dataset, if the network takes its images, scaled to s.size where that is set. UsageError."""
+    shape, wanted = tuple(dataset.test.images.shape[1:]), tuple(model.version.in_shape)
+    if shape[0] != wanted[0] or (s.size is None and shape != wanted):
+        raise UsageError(f"--dataset {s.dataset}: has images of {'x'.join(map(str, shape))}, the checkpoint takes "
+                         f"{'x'.join(map(str, wanted))}")
     return dataset
 
 

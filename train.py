@@ -164,8 +164,8 @@ SETTINGS = {
         Setting("lr", 0.01, POSITIVE, "X", "learning rate"),
         Setting("momentum", 0.9, Number(float, 0, 1), "X", "momentum of sgd"),
         Setting("weight_decay", 1e-4, Number(float, 0), "X", "the optimizer's weight decay"),
-        Setting("schedule", "step", ("step", "triangle"), "", "of the learning rate: step (--lr-step), or triangle: from "
-                "a fifth of --lr up to it in 0.23 of the steps, then down to 0.07 of it"),
+        Setting("schedule", "step", ("step", "triangle"), "", "of the learning rate: step (--lr-step), or triangle: "
+                "from a fifth of --lr up to it in 0.23 of the steps, then down to 0.07 of it"),
         Setting("lr_step", 10, COUNT, "N", "epochs between two reductions of the learning rate"),
         Setting("lr_decay", 0.1, Number(float, 0, 1, above=True), "X", "factor of each reduction"),
         Setting("lookahead", False, bool, "", "every five steps, replace the weights by their running average"),
@@ -817,7 +817,8 @@ def check_training(s, given):
             ("momentum", "--optimizer sgd", s.optimizer == "sgd"),
             ("labels", "a --variant that copies no image", s.variant not in ("oversampled", "smote")),
             ("margin", "--size", s.size), ("clean_test", "--noise above 0", s.noise),
-            ("flip", "images that may be mirrored, unlike digits", not s.flip or s.dataset not in data.NEVER_FLIPPED)):
+            ("flip", "images that may be mirrored, unlike digits",
+             not s.flip or s.dataset not in data.NEVER_FLIPPED)):
         if flag in given and not has:
             raise UsageError(f"--{flag.replace('_', '-')}: has no effect without {needs}")
 
@@ -938,11 +939,11 @@ def prepare(s, model=None):
         raise UsageError(f"--jigsaw-grid {s.jigsaw_grid}: does not cut images of {sides[1]}x{sides[0]} into equal "
                          "tiles")
     if model is None:
-        model = build(s, (channels, *sides), len(dataset.classes))
         if evaluate.classifies(s) and len(dataset.classes) < 2:
             raise UsageError(f"--alpha {s.alpha:g}: {dataset.name} has one class here; expected two, or --alpha 0")
         if s.labels and s.labels < len(dataset.classes):
             raise UsageError(f"--labels {s.labels}: expected at least one for each of {len(dataset.classes)} classes")
+        model = build(s, (channels, *sides), len(dataset.classes))
         if isinstance(model.encoder[0], models.WhiteningConv2d):
             step = math.ceil(len(dataset.train.labels) * math.prod(sides) / 1_000_000)  # a million pixels are enough
             models.whiten(model, data.normalise(dataset.train.images[::step], **evaluate.preparation(s)))
@@ -1195,7 +1196,7 @@ def child(given, threads, output_file):
 NUMBERS = itertools.count()  # of the files in which children that have no folder yet write
 
 
-def resumed(given, s, folder):
+def to_resume(given, s, folder):
     """The flags that resume the interrupted run of these flags in its folder."""
     return {"resume": str(folder), "data_dir": s.data_dir} | {key: given[key] for key in ("device",) if key in given}
 
@@ -1203,7 +1204,7 @@ def resumed(given, s, folder):
 def start_child(context, given, s, output, threads):
     """(a running process, the file of its output)."""
     folder = find_run(output, s)
-    given = resumed(given, s, folder) if folder else given | {"output": str(output)}
+    given = to_resume(given, s, folder) if folder else given | {"output": str(output)}
     file = folder / "output.txt" if folder else output / f".output-{os.getpid()}-{next(NUMBERS)}.txt"
     file.touch()
     process = context.Process(target=child, args=(given, threads, file))
@@ -1304,7 +1305,7 @@ def train_many(given, command):
             if processes > 1:
                 dist.barrier()  # all have looked before the first one writes
             folder = find_run(output, s)
-            execute(resumed(each, s, folder) if folder else each | {"output": str(output)}, command)
+            execute(to_resume(each, s, folder) if folder else each | {"output": str(output)}, command)
     elif todo:
         jobs, threads = jobs_and_threads(given, [s for _, s in pairs])
         evaluate.prepare_data(todo[0][1])  # one that is unavailable is an error now, not of each run
