@@ -627,7 +627,7 @@ def draw_curves(rows, path, title):
               if any(row.get(f"test_{panel[1]}") is not None for row in rows)]
     epochs = [row["epoch"] for row in rows]
     alone = sum(row["test_accuracy"] is None for row in rows)  # separate training's first part
-    figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
+    figure = Figure(figsize=(4.2 * len(panels), 4), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (name, key, unit) in zip(axes[0], panels):
         for part, style, colour in (("train", "-", "C0"), ("test", "--", "C1")):
@@ -647,7 +647,7 @@ def draw_curves(rows, path, title):
         integer_axis(axis)
         axis.ticklabel_format(axis="y", useOffset=False)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2))  # below: on no curve
     figure.suptitle(title)
     save_figure(figure, path)
 
