@@ -127,7 +127,7 @@ def pick_precision(name, device):
 
 
 def autocast(device, precision):
-    """The context in which a network runs forward."""
+    """The context of a network's forward pass, and of an optimizer's matrix products."""
     if precision == "bf16":
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()
@@ -714,8 +714,8 @@ def collect(paths):
 
 # Other settings that are newer than some runs, with their defaults in train.py.
 LATER = dict(shift=0, label_smoothing=0.0, schedule="step")
-# Settings of some older runs that are no more, with what they were by default.
-GONE = dict(nesterov=False, decoder_rate=1.0, bias_rate=1.0)
+# Settings of some older runs that are no more, with their defaults; a run with another value is not resumed.
+GONE = dict(nesterov=False, decoder_rate=1.0, bias_rate=1.0, lookahead=False)
 
 
 def kind_of(settings, *ignored):

@@ -7,9 +7,9 @@
     python train.py --version vae -h          # every setting, with the defaults of that version
 
 From Python, train.run(version="v2", epochs=3) does what the command does. This file has, from top to
-bottom: the table of settings, the recipes and sweeps, the training loop, what a run leaves, one run,
-many runs, the command line. One run fills one folder: config.json, log.csv, metrics.json, curves.png,
-recon.png, recon/, best.pt, last.pt. Under torchrun several processes train one model together.
+bottom: the optimizer Muon, the table of settings, the recipes and sweeps, the training loop, what a run
+leaves, one run, many runs, the command line. One run fills one folder: config.json, log.csv, metrics.json,
+curves.png, recon.png, recon/, best.pt, last.pt. Under torchrun several processes train one model together.
 """
 import argparse
 import contextlib
@@ -44,6 +44,44 @@ import evaluate
 import losses
 import models
 from evaluate import Stopped, UsageError
+
+
+# ---------------------------------------------------------------- Muon
+
+class Muon(torch.optim.Optimizer):
+    """SGD with Nesterov momentum in which the update of a matrix of weights is made nearly orthogonal (Jordan et al.
+    2024), with decoupled weight decay. A convolution's weights count as a matrix with a row for each output channel
+    (a transposed one's: for each input channel); biases and other vectors learn as by SGD. A matrix learns at the
+    same speed whatever the scale of its gradient."""
+
+    def __init__(self, parameters, lr, momentum, weight_decay):
+        super().__init__(parameters, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                momentum = state["momentum_buffer"].mul_(group["momentum"]).add_(p.grad)
+                update = p.grad.add(momentum, alpha=group["momentum"])
+                if p.ndim > 1:
+                    update = orthogonal(update.flatten(1)).reshape(p.shape)
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+
+
+def orthogonal(matrix):
+    """A matrix (M, N) with its singular values brought near 1: those above 0.013 of their norm come to 0.5 to 1.2, by
+    three steps of a Newton-Schulz iteration with Jordan's coefficients."""
+    if matrix.shape[0] > matrix.shape[1]:
+        return orthogonal(matrix.T).T
+    x = matrix / (matrix.norm() + 1e-7)
+    for _ in range(3):  # 3.4445 x + (2.0315 (x x')^2 - 4.7750 x x') x
+        products = x @ x.T
+        products = torch.addmm(products, products, products, beta=-4.7750, alpha=2.0315)
+        x = torch.addmm(x, products, x, beta=3.4445)
+    return x
 
 
 # ---------------------------------------------------------------- settings
@@ -109,8 +147,19 @@ class Setting(NamedTuple):
     help: str
 
 
+class Optimizer(NamedTuple):
+    kind: type
+    gathers: set          # what it keeps for each parameter, by PyTorch's names
+    fused: tuple = ()     # the devices on which it has a fused kernel
+    momentum: bool = False
+
+
 COUNT, POSITIVE = Number(int, 1), Number(float, 0, above=True)
-OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad}
+OPTIMIZERS = {
+    "sgd": Optimizer(torch.optim.SGD, {"momentum_buffer"}, fused=("cpu", "cuda"), momentum=True),
+    "adam": Optimizer(torch.optim.Adam, {"step", "exp_avg", "exp_avg_sq"}, fused=("cpu", "cuda")),
+    "adagrad": Optimizer(torch.optim.Adagrad, {"step", "sum"}, fused=("cpu",)),
+    "muon": Optimizer(Muon, {"momentum_buffer"}, momentum=True)}
 # Every setting, in the order in which they name a run's folder.
 SETTINGS = {
     "network": [
@@ -160,15 +209,15 @@ SETTINGS = {
         Setting("class_weights", None, ("balanced",), "", "weight the classifier loss so that all classes count "
                 "the same")],
     "training": [
-        Setting("optimizer", "sgd", tuple(OPTIMIZERS), "", "PyTorch's SGD, Adam or Adagrad"),
+        Setting("optimizer", "sgd", tuple(OPTIMIZERS), "", "PyTorch's SGD, Adam or Adagrad; or Muon "
+                "(orthogonal updates of matrices: slow for small batches and wide linear layers)"),
         Setting("lr", 0.01, POSITIVE, "X", "learning rate"),
-        Setting("momentum", 0.9, Number(float, 0, 1), "X", "momentum of sgd"),
+        Setting("momentum", 0.9, Number(float, 0, 1), "X", "momentum of sgd and muon"),
         Setting("weight_decay", 1e-4, Number(float, 0), "X", "the optimizer's weight decay"),
-        Setting("schedule", "step", ("step", "triangle"), "", "of the learning rate: step (--lr-step), or triangle: "
-                "from a fifth of --lr up to it in 0.23 of the steps, then down to 0.07 of it"),
+        Setting("schedule", "step", ("step", "onecycle"), "", "of the learning rate: step (--lr-step), or onecycle: "
+                "from a fifth of --lr up to it in 0.23 of the steps, then down to 0"),
         Setting("lr_step", 10, COUNT, "N", "epochs between two reductions of the learning rate"),
         Setting("lr_decay", 0.1, Number(float, 0, 1, above=True), "X", "factor of each reduction"),
-        Setting("lookahead", False, bool, "", "every five steps, replace the weights by their running average"),
         Setting("epochs", 40, COUNT, "N", "passes over the training images"),
         Setting("batch_size", 32, COUNT, "N", "images per step, of all processes together"),
         Setting("separate", False, bool, "", "train the autoencoder alone first, then the classifier on its encoder"),
@@ -206,8 +255,8 @@ OTHERS = dict(scale="0..1", flip=False, alpha=0.0, optimizer="adam", lr=0.001, w
 JOINT = OTHERS | dict(scale="-1..1", classes=["automobile", "cat", "dog", "horse", "truck"], rotate=10.0,
                       noise=0.05, clean_test=True, alpha=0.1, epochs=10)  # 0.05 of 0-1 is 0.1 of -1..1
 FASHION = OTHERS | dict(dataset="fashionmnist", epochs=30, batch_size=64)
-V5 = dict(beta=0.2, label_smoothing=0.2, shift=2, alternate=True, lr=0.73, momentum=0.85,
-          weight_decay=0.00133, schedule="triangle", lookahead=True, epochs=10, batch_size=500)
+V5 = dict(label_smoothing=0.2, shift=2, alternate=True, optimizer="muon", lr=0.12, momentum=0.85, weight_decay=0.0,
+          schedule="onecycle", epochs=10, batch_size=500)
 KINDS, LATENT = ["mlp", "combo", "cnn"], ["cnn10", "cnn32", "cnn100", "cnn1000"]
 DEPTHS = ["cnnL1", "cnnL3", "cnnL5", "cnnL10"]
 RECIPES = dict.fromkeys([*models.VERSIONS, "custom"], {}) | {
@@ -293,39 +342,40 @@ def phases(s):
             Namespace(**whole | of_images | dict(start=first, frozen=s.freeze_encoder))]
 
 
-def progress(s, epoch):
-    """The share of a phase that is done at a moment (in epochs: 2.5 is the middle of the run's third)."""
-    return (epoch - s.start) / (s.end - s.start)
-
-
 def learning_rate(s, epoch):
-    """The learning rate at a moment of a phase."""
-    if s.schedule == "triangle":
-        return s.lr * float(np.interp(progress(s, epoch), (0, 0.23, 1), (0.2, 1, 0.07)))
+    """The learning rate at a moment of a phase (2.5: the middle of the run's third epoch)."""
+    if s.schedule == "onecycle":
+        return s.lr * float(np.interp((epoch - s.start) / (s.end - s.start), (0, 0.23, 1), (0.2, 1, 0)))
     return s.lr * s.lr_decay ** ((epoch - s.start) // s.lr_step)
 
 
 def make_optimizer(model, s):
     """The optimizer over the parts that a phase trains, the others frozen; gamma goes in as decay.
 
-    The gradient of gamma * l2_reg_loss is gamma * parameter, which is what (not decoupled)
-    weight decay adds, at no cost of its own.
+    The gradient of gamma * l2_reg_loss is gamma * parameter, which is what weight decay adds, at no cost of
+    its own (Muon's is decoupled: it shrinks the weights beside the update).
     """
     trained = {"encoder": not s.frozen, "classifier": evaluate.classifies(s), "decoder": evaluate.rebuilds(s)}
     for name, wanted in trained.items():
         if getattr(model, name) is not None:
             getattr(model, name).requires_grad_(wanted)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    device = parameters[0].device.type
-    fused = device == "cpu" or (device == "cuda" and s.optimizer != "adagrad")
-    momentum = {"momentum": s.momentum} if s.optimizer == "sgd" else {}
-    return OPTIMIZERS[s.optimizer](parameters, lr=s.lr, weight_decay=s.weight_decay + s.gamma, fused=fused or None,
-                                   **momentum)
+    row = OPTIMIZERS[s.optimizer]
+    options = {"fused": True} if parameters[0].device.type in row.fused else {}
+    options |= {"momentum": s.momentum} if row.momentum else {}
+    return row.kind(parameters, lr=s.lr, weight_decay=s.weight_decay + s.gamma, **options)
 
 
-def restore(optimizer, state):
-    """Loads what an optimizer has gathered from its state_dict; its settings remain those of the run."""
+def restore(optimizer, state, s):
+    """Loads what an optimizer has gathered from its state_dict, which may come from anywhere; its settings remain
+    those of the run. ValueError where the state is not this optimizer's: PyTorch's fused kernels read beyond a
+    tensor of another shape."""
     optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+    for p, gathered in optimizer.state.items():
+        expected = {name: () if name == "step" else p.shape for name in OPTIMIZERS[s.optimizer].gathers}
+        if {name: tensor.shape for name, tensor in gathered.items()} != expected:
+            raise ValueError(f"state of other tensors than {expected}")
+        gathered |= {name: torch.empty_like(p).copy_(tensor) for name, tensor in gathered.items() if name != "step"}
 
 
 class Batch(NamedTuple):
@@ -423,7 +473,6 @@ def train_epoch(model, dataset, optimizer, s, epoch, show=None, net=None):
     count, steps = epoch_steps(dataset, s, epoch)
     columns = [*terms, losses.TERMS["alpha"]]  # of which the last one counts right answers
     history, seen = torch.zeros(count, len(columns), device=device), [0] * len(columns)
-    pull = lookahead(model) if s.lookahead else None
     for step, (batch, labelled, order) in enumerate(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(s, epoch + step / count)
@@ -431,10 +480,9 @@ def train_epoch(model, dataset, optimizer, s, epoch, show=None, net=None):
         loss, values = losses.weighted_loss(fair_weights(weights, batch, labelled), **tensors,
                                             class_weights=class_weights)
         loss.backward()
-        optimizer.step()
+        with evaluate.autocast(device, s.precision):  # of Muon's matrix products
+            optimizer.step()
         optimizer.zero_grad()
-        if pull and (step % 5 == 4 or step == count - 1):
-            pull(0.95 ** (step % 5 + 1) * progress(s, epoch + (step + 1) / count) ** 3)
         with torch.no_grad():  # sums over the batch: the terms, and right answers
             sums = [values[term.name] * len(counted(term, batch, labelled).labels) for term in terms]
             if "logits" in wanted:
@@ -446,19 +494,6 @@ def train_epoch(model, dataset, optimizer, s, epoch, show=None, net=None):
         if show:
             show(step + 1, count)
     return epoch_means(history.sum(0), seen, terms, optimizer, s)
-
-
-def lookahead(model):
-    """A pull(decay) that replaces the model's weights by their running average since this call (Lookahead, Zhang
-    et al. 2019; also of BatchNorm's statistics)."""
-    weights = [weight for weight in model.state_dict().values() if weight.is_floating_point()]
-    average = [weight.clone() for weight in weights]
-
-    @torch.no_grad()
-    def pull(decay):
-        for mean, weight in zip(average, weights):
-            weight.copy_(mean.lerp_(weight, 1 - decay))
-    return pull
 
 
 def epoch_means(sums, seen, terms, optimizer, s):
@@ -502,7 +537,7 @@ def train(model, dataset, s, folder, state=None):
             continue
         optimizer = make_optimizer(model, phase)
         if len(rows) > phase.start:
-            restore(optimizer, state["optimizer"])
+            restore(optimizer, state["optimizer"], phase)
         net = torch.nn.parallel.DistributedDataParallel(model) if processes > 1 else None
         for epoch in range(len(rows), phase.end):
             start = time.perf_counter()
@@ -814,7 +849,7 @@ def check_training(s, given):
             ("alternate", "flips", (s.flip and s.dataset not in data.NEVER_FLIPPED) or not s.alternate),
             ("lr_step", "--schedule step", s.schedule == "step"),
             ("lr_decay", "--schedule step", s.schedule == "step"),
-            ("momentum", "--optimizer sgd", s.optimizer == "sgd"),
+            ("momentum", "--optimizer sgd or muon", OPTIMIZERS[s.optimizer].momentum),
             ("labels", "a --variant that copies no image", s.variant not in ("oversampled", "smote")),
             ("margin", "--size", s.size), ("clean_test", "--noise above 0", s.noise),
             ("flip", "images that may be mirrored, unlike digits",
@@ -840,7 +875,9 @@ def resumable(model, state, s):
     state["rows"] = [dict.fromkeys(columns()) | row for row in rows]
     try:
         phase = next(phase for phase in phases(s) if len(rows) <= phase.end)
-        make_optimizer(model, phase).load_state_dict(state["optimizer"])
+        optimizer = make_optimizer(model, phase)
+        optimizer.load_state_dict(state["optimizer"])  # of as many parameters
+        restore(optimizer, state["optimizer"], phase)
     except Exception:  # whatever PyTorch meets first
         return False
     return True
@@ -857,14 +894,12 @@ def reopen(given, folder):
         raise UsageError(f"--resume {folder}: expected the folder of a run, with a config.json of this "
                          "version of the program") from None
     if gone:
-        raise UsageError(f"--resume {folder}: begun by an earlier version with --{gone[0].replace('_', '-')}, which is "
-                         "no more; start another run")
-    if given.get("epochs", s.epochs) != s.epochs:
-        for depends, what in ((s.separate, "--separate"), (s.schedule != "step", f"--schedule {s.schedule}"),
-                              (s.lookahead, "--lookahead")):
-            if depends:
-                raise UsageError(f"--epochs {given['epochs']}: with {what} the completed epochs depend on the total; "
-                                 f"expected {s.epochs}, or start another run")
+        raise UsageError(f"--resume {folder}: begun by an earlier version with --{gone[0].replace('_', '-')}, which "
+                         "is no more; start another run")
+    if given.get("epochs", s.epochs) != s.epochs and (s.separate or s.schedule != "step"):
+        what = "--separate" if s.separate else f"--schedule {s.schedule}"
+        raise UsageError(f"--epochs {given['epochs']}: with {what} the completed epochs depend on the total; "
+                         f"expected {s.epochs}, or start another run")
     path, state, model = folder / "last.pt", None, None
     if path.exists():
         model, state = evaluate.load_checkpoint(path)
@@ -994,7 +1029,7 @@ def announce(s, dataset, model, folder):
                         if weight or flag in ("alpha", "beta"))
     print(f"epochs {s.epochs}, batch {s.batch_size}, {s.optimizer} lr {s.lr:g}, {weights}, seed {s.seed}")
     also = differences(s, {name: DEFAULTS[name] for name in (
-        "noise", "rotate", "shift", "alternate", "label_smoothing", "schedule", "lookahead")})
+        "noise", "rotate", "shift", "alternate", "label_smoothing", "schedule")})
     if also:
         print(f"also: {', '.join(also)}")
     if s.separate:

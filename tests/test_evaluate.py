@@ -650,7 +650,7 @@ def test_a_run_older_than_a_setting_is_in_the_group_of_its_default(compared, tmp
         folder = write_run(tmp_path / f"runs/v3_seed{seed}", 50.0 + seed, seed=seed)
         if not seed:
             config = json.loads((folder / "config.json").read_text())
-            for name in ("shift", "schedule", "label_smoothing", "lookahead", "flip"):
+            for name in ("shift", "schedule", "label_smoothing", "flip"):
                 del config["settings"][name]
             config["settings"] |= {"nesterov": False, "decoder_rate": 1.0, "bias_rate": 1.0}  # no more
             (folder / "config.json").write_text(json.dumps(config))

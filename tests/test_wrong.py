@@ -195,7 +195,7 @@ TRAIN = [  # flags ({} is the folder of wrong things), a part of the answer
     ("--lr 0", "'0': expected a number above 0"),
     ("--lr fast", "'fast': expected a number"),
     ("--momentum 1.5", "at most 1"),
-    ("--momentum 0.5 --optimizer adam", "--momentum: has no effect without --optimizer sgd"),
+    ("--momentum 0.5 --optimizer adam", "--momentum: has no effect without --optimizer sgd or muon"),
     ("--optimizer lion", "invalid choice: 'lion'"),
     ("--epochs 0", "'0': expected a whole number of at least 1"),
     ("--epochs 1.5", "'1.5': expected a whole number"),
@@ -461,7 +461,11 @@ def hostile(good, ran):
 def unresumable(good):
     """Contents of a last.pt that can be evaluated, not resumed."""
     content = torch.load(good, weights_only=True)
+    first = {"other-shape": {"momentum_buffer": torch.zeros(3)}, "other-keys": {"step": torch.zeros(())},
+             "no-tensor": {"momentum_buffer": None}}
     return {
+        **{name: content | {"optimizer": content["optimizer"] | {"state": content["optimizer"]["state"] | {0: state}}}
+           for name, state in first.items()},
         "no-rows": {key: value for key, value in content.items() if key != "rows"},
         "rows": content | {"rows": 5}, "rows-of-numbers": content | {"rows": [1, 2]},
         "rows-empty": content | {"rows": []},
