@@ -18,13 +18,13 @@ Tokens are joined by `>`; where a map meets a linear layer it is flattened.
     N(n)    linear to n means and n log-variances, the last of   linear
             an encoder; the code is drawn from that normal
             distribution in training, else it is the mean
-    W(n)    fixed 2x2 conv to n channels, hardswish, an          nothing
-            encoder's first; `whiten` sets its filters
+    W(n)    fixed 2x2 conv to n channels, ReLU, an encoder's     nothing
+            first; `whiten` sets its filters
     B(n)    3x3 conv to n channels without bias, max-pool,       2x2 transposed conv, stride 2
-            batch norm, hardswish
+            batch norm, ReLU
     B'(n)   the same without the pool                            1x1 conv
     D(p)    dropout with probability p                           nothing
-    A(n)    average-pool to an n x n map; M(n): max-pool         none: for classifiers
+    A(n)    average-pool to an n x n map                         none
     T(n)    2x2 transposed conv, stride 2, ReLU                  none: for written-out decoders
     T'(n)   1x1 transposed conv, ReLU                            none
     U(n)    3x3 transposed conv, stride 2, doubling, ReLU        none
@@ -54,7 +54,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-CHECKPOINT = "autoencoder checkpoint, format 3"
+CHECKPOINT = "autoencoder checkpoint, format 4"
 LARGEST = 500_000_000  # weights of one layer: 2 GB in float32
 
 
@@ -77,7 +77,6 @@ class Version:
     skip: bool = False  # the study's modified network: lower features join the classifier's
     output: str | None = None  # what ends the decoder: None, "sigmoid" or "tanh"
     he: bool = False  # He et al.'s initialisation (2015), biases 0
-    temperature: float = 1.0  # divides the logits
 
 
 GREY = (1, 28, 28)
@@ -101,10 +100,10 @@ VERSIONS = {
     "v4": Version("C'(32)>C(32)", V4_DROPOUT),
     "v4-plain": Version("C'(32)>C(32)", "C'(32)>C(64)>C(64)>L(512)>L(128)>L'(10)"),
     "v4-stride2": Version("C'(32)>S(32)", V4_DROPOUT),
-    # The same idea at today's level, after Jordan's airbench (2024) and Page's and Swan's networks before it.
-    "v5-small": Version("W(32)>B(32)>B'(32)", "B(128)>B'(128)>B(128)>B'(128)>M(1)>L'(10)", temperature=9.0),
-    "v5": Version("W(32)>B(64)>B'(64)", "B(256)>B'(256)>B(256)>B'(256)>M(1)>L'(10)", temperature=9.0),
-    "v5-large": Version("W(32)>B(128)>B'(128)", "B(384)>B'(384)>B(384)>B'(384)>M(1)>L'(10)", temperature=9.0),
+    # The same idea with more recent methods, after Jordan's airbench (2024).
+    "v5-small": Version("W(32)>B(32)>B'(32)", "B(128)>B'(128)>B(128)>B'(128)>A(1)>L'(10)"),
+    "v5": Version("W(32)>B(64)>B'(64)", "B(256)>B'(256)>B(256)>B'(256)>A(1)>L'(10)"),
+    "v5-large": Version("W(32)>B(128)>B'(128)", "B(384)>B'(384)>B(384)>B'(384)>A(1)>L'(10)"),
     # The standard networks, each with its own classifier. SqueezeNet's, a 1x1 conv and an average, stands here
     # in the other order, without the ReLU between.
     "vgg": Version("vgg16", "A(7)>L(4096)>D(0.5)>L(4096)>D(0.5)>L'(10)", "T(512)>T(256)>T(128)>T(64)>T(3)",
@@ -223,14 +222,6 @@ def whiten(model, images):
     layer.weight[:len(filters)] = filters
 
 
-class BatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d that learns a bias alone, and forgets its statistics faster."""
-
-    def __init__(self, channels):
-        super().__init__(channels, momentum=0.4, affine=False)
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-
 class Dropout(nn.Dropout):
     """nn.Dropout that cuts every 64-bit draw into four 16-bit ones on the CPU.
 
@@ -252,14 +243,13 @@ class Autoencoder(nn.Module):
     """An encoder with a classifier and a decoder on its code; either may be None.
 
     tap: after how many of the encoder's modules its lower features go to a Joined classifier. variational: the
-    encoder ends in N(n) and gives the means and log-variances of its code (Kingma and Welling 2014). temperature:
-    divides the logits.
+    encoder ends in N(n) and gives the means and log-variances of its code (Kingma and Welling 2014).
     """
 
-    def __init__(self, encoder, classifier=None, decoder=None, tap=None, variational=False, temperature=1.0):
+    def __init__(self, encoder, classifier=None, decoder=None, tap=None, variational=False):
         super().__init__()
         self.encoder, self.classifier, self.decoder = encoder, classifier, decoder
-        self.tap, self.variational, self.temperature = tap, variational, temperature
+        self.tap, self.variational = tap, variational
 
     def forward(self, x, classify=True, reconstruct=True, posterior=False):
         """Images (B, C, H, W) -> logits (B, classes), reconstruction (B, C, H, W), each None where the part is
@@ -269,7 +259,6 @@ class Autoencoder(nn.Module):
         code, logits, reconstruction = self._code(features), None, None
         if classify and self.classifier is not None:
             logits = self.classifier(code, lower) if self.tap else self.classifier(code)
-            logits = logits if self.temperature == 1 else logits.float() / self.temperature
         if reconstruct and self.decoder is not None:
             reconstruction = self.decoder(code)
         if not posterior:
@@ -364,14 +353,13 @@ KINDS = {
     "L'": Kind(lambda n, features: ([nn.Linear(features, n)], (n,)), _linear_mirror, "vector"),
     # Autoencoder makes a code of n values from the 2n.
     "N": Kind(lambda n, features: ([nn.Linear(features, 2 * n)], (n,)), _linear_mirror, "vector"),
-    "W": Kind(lambda n, c, h, w: ([WhiteningConv2d(c, n), nn.Hardswish()], (n, h, w)), _no_layers),
-    "B": Kind(lambda n, c, h, w: ([_identity_conv(c, n), nn.MaxPool2d(2), BatchNorm2d(n), nn.Hardswish()],
+    "W": Kind(lambda n, c, h, w: ([WhiteningConv2d(c, n), nn.ReLU()], (n, h, w)), _no_layers),
+    "B": Kind(lambda n, c, h, w: ([_identity_conv(c, n), nn.MaxPool2d(2), nn.BatchNorm2d(n), nn.ReLU()],
                                   (n, h // 2, w // 2)), _doubling_mirror),
-    "B'": Kind(lambda n, c, h, w: ([_identity_conv(c, n), BatchNorm2d(n), nn.Hardswish()], (n, h, w)),
+    "B'": Kind(lambda n, c, h, w: ([_identity_conv(c, n), nn.BatchNorm2d(n), nn.ReLU()], (n, h, w)),
                _pointwise_mirror),
     "D": Kind(lambda p, *shape: ([Dropout(p)], shape), _no_layers, "either"),
     "A": Kind(lambda n, c, h, w: ([_pool((h, w), (n, n), nn.AvgPool2d, nn.AdaptiveAvgPool2d)], (c, n, n)), None),
-    "M": Kind(lambda n, c, h, w: ([_pool((h, w), (n, n), nn.MaxPool2d, nn.AdaptiveMaxPool2d)], (c, n, n)), None),
     "T": Kind(lambda n, c, h, w: ([ConvTranspose2d(c, n, 2, stride=2), nn.ReLU()], (n, 2 * h, 2 * w)), None),
     "T'": Kind(lambda n, c, h, w: ([ConvTranspose2d(c, n, 1), nn.ReLU()], (n, h, w)), None),
     "U": Kind(lambda n, c, h, w: ([nn.ConvTranspose2d(c, n, 3, 2, padding=1, output_padding=1), nn.ReLU()],
@@ -469,7 +457,7 @@ def written_out(notation, code_shape, in_shape):
     shape = steps[-1].after
     if len(shape) != 3 or shape[0] != in_shape[0]:
         raise NotationError(f"{notation!r} ends in {_text(shape)}; expected the images' {in_shape[0]} channels")
-    if isinstance(modules[-1], (nn.ReLU, nn.Hardswish)):
+    if isinstance(modules[-1], nn.ReLU):
         modules.pop()
     if shape != in_shape:
         modules.append(nn.Upsample(in_shape[1:], mode="bilinear", align_corners=False))
@@ -478,11 +466,11 @@ def written_out(notation, code_shape, in_shape):
 
 def joined(tokens, shape, lower_shape):
     """The Joined classifier of Tokens that end in L', for a code and lower features of those shapes, which join
-    before the first A, M, L or L'."""
+    before the first A, L or L'."""
     if len(shape) != 3:
-        raise NotationError(f"skip joins maps, but the code is a vector of {shape[0]}; expected an encoder of "
-                            "C, C', S, or no --skip")
-    cut = [token.kind in ("A", "M", "L", "L'") for token in tokens].index(True)
+        raise NotationError(f"skip joins maps, but the code is a vector of {shape[0]}; expected an encoder that "
+                            "ends in a map, or no --skip")
+    cut = [token.kind in ("A", "L", "L'") for token in tokens].index(True)
     features, steps = layers(tokens[:cut], shape)
     channels, *size = steps[-1].after if steps else shape
     n, *lower_size = lower_shape
@@ -516,8 +504,6 @@ def build(version, in_shape=None, num_classes=10, **changes):
     if len(version.in_shape) != 3 or min(*version.in_shape, num_classes) < 1:
         raise NotationError(f"images of {_text(version.in_shape)}, {num_classes} classes: expected channels, height, "
                             "width and the number of classes to be at least 1")
-    if type(version.temperature) not in (int, float) or not 0 < version.temperature < math.inf:
-        raise NotationError(f"temperature {version.temperature!r}: expected a number above 0")
     for notation in (version.classifier, version.decoder):
         if "W(" in (notation or ""):
             raise NotationError(f"{notation!r}: W(n) whitens the images; expected it as an encoder's first token")
@@ -537,7 +523,7 @@ def build(version, in_shape=None, num_classes=10, **changes):
         with _default_named("decoder", name, version, changes):
             decoder = _decoder(version, code_shape, steps)
     model = Autoencoder(encoder, classifier, decoder, tap if version.skip and version.classifier else None,
-                        bool(steps) and steps[-1].token.kind == "N", version.temperature)
+                        bool(steps) and steps[-1].token.kind == "N")
     if version.he:
         for layer in model.modules():
             if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
@@ -682,11 +668,12 @@ def load(path):
             if any(entry.compress_type for entry in file.infolist()) or file.testzip():
                 raise ValueError("its zip archive is damaged or compressed")
             content = torch.load(path, map_location="cpu", weights_only=True)
-            # Of format 2, B and B' had another activation.
-            if content["kind"] == "autoencoder checkpoint, format 2" and not re.search(
-                    r"B'?\(", f"{content['version']}"):
+            older = [f"autoencoder checkpoint, format {number}" for number in (1, 2, 3)]
+            # Of formats 2 and 3, the tokens W, B, B' and M had other layers, and a temperature divided the logits.
+            if content["kind"] in older[1:] and not re.search(r"[BMW]'?\(", f"{content['version']}") and (
+                    content["version"].pop("temperature", 1.0) == 1.0):
                 content["kind"] = CHECKPOINT
-            if content["kind"] in ("autoencoder checkpoint, format 1", "autoencoder checkpoint, format 2"):
+            if content["kind"] in older:
                 raise CheckpointError(f"{path}: written by an earlier version of this program; train the network "
                                       "again")
             classes, weights = content["classes"], content["model"]

@@ -386,7 +386,8 @@ def trained(tiny, out, *flags):
 @needs_gpu
 @pytest.mark.parametrize("flags", [
     ["--version", "v4", "--delta", "0.5", "--noise", "0.05", "--rotate", "5"], ["--version", "vae", "--labels", "20"],
-    ["--version", "v3", "--skip", "--separate"], ["--version", "cnn32"]])
+    ["--version", "v3", "--skip", "--separate"], ["--version", "cnn32"],
+    ["--version", "v5-small", "--batch-size", "20"]])
 def test_a_gpu_gives_the_same_bits_twice(flags, tiny, tmp_path):
     (one, config), (other, _) = (trained(tiny, tmp_path, "--device", "cuda", *flags) for _ in range(2))
     for name, weight in one["model"].items():
