@@ -620,8 +620,9 @@ def integer_axis(axis):
     axis.xaxis.get_major_locator().set_params(integer=True)
 
 
-def draw_curves(rows, path, title):
-    """Train and test losses and accuracy over the epochs, one panel for each that there is."""
+def draw_curves(rows, path, title, smoothed=False):
+    """Train and test losses and accuracy over the epochs, one panel for each that there is. smoothed: whether the
+    training loss is of smoothed labels, as the test loss never is."""
     panels = [(f"{term.name} loss", term.name, term.unit) for term in losses.TERMS.values()]
     panels = [panel for panel in (*panels, ("accuracy", "accuracy", "accuracy (%)"))
               if any(row.get(f"test_{panel[1]}") is not None for row in rows)]
@@ -635,7 +636,8 @@ def draw_curves(rows, path, title):
             if not any(value is not None for value in values):
                 continue
             single = sum(value is not None for value in values) == 1
-            axis.plot(epochs, values, style, color=colour, label=part, marker="o" if single else None)
+            label = part + " (smoothed labels)" * (smoothed and key == "classifier" and part == "train")
+            axis.plot(epochs, values, style, color=colour, label=label, marker="o" if single else None)
         if key == "accuracy":
             best = best_row(rows)
             axis.plot(best["epoch"], best["test_accuracy"], "k^", markersize=6,
@@ -718,11 +720,14 @@ LATER = dict(shift=0, label_smoothing=0.0, schedule="step")
 GONE = dict(nesterov=False, decoder_rate=1.0, bias_rate=1.0, lookahead=False)
 
 
+def filled(settings):
+    """A run's settings; one that is newer than the run has its default."""
+    return {name: needed.default for name, needed in NEEDED.items()} | LATER | settings
+
+
 def kind_of(settings, *ignored):
-    """What runs have in common that differ by chance alone, as a text to compare; a setting that is missing, as in
-    runs older than it, counts as its default."""
-    settings = {name: needed.default for name, needed in NEEDED.items()} | LATER | settings
-    return json.dumps({key: value for key, value in settings.items()
+    """What runs have in common that differ by chance alone, as a text to compare."""
+    return json.dumps({key: value for key, value in filled(settings).items()
                        if value is not None and value is not False and key not in (*INCIDENTAL, *ignored)
                        and value != GONE.get(key)},
                       sort_keys=True)
@@ -778,20 +783,33 @@ COLUMNS = [("accuracy (%)", "accuracy.last", 2), ("best (%)", "accuracy.best", 2
 def references(groups, against):
     """{name: name of the group that it is compared with}. against: a group's name, or SETTING=VALUE: each
     group with the one that differs from it in that setting alone. UsageError."""
-    setting, _, value = against.partition("=")
+    flag, _, value = against.partition("=")
     if not value:
         if against not in groups:
             raise UsageError(f"--against {against}: expected SETTING=VALUE or one of {' '.join(groups)}")
         return {name: against for name in groups if name != against}
-    pairs, firsts = {}, {name: next(iter(group.values())).settings for name, group in groups.items()}
+    setting = flag.replace("-", "_")
+    pairs, firsts = {}, {name: filled(next(iter(group.values())).settings) for name, group in groups.items()}
+    if not any(setting in settings for settings in firsts.values()):
+        raise UsageError(f"--against {against}: {flag} is no setting of these runs")
     for name, settings in firsts.items():
         for other, candidate in firsts.items():
-            if (other != name and f"{candidate.get(setting)}" in (value, f"{value}.0")
+            if (other != name and names_value(value, candidate.get(setting))
                     and kind_of(candidate, setting) == kind_of(settings, setting)):
                 pairs[name] = other
     if not pairs:
-        raise UsageError(f"--against {against}: no two groups differ in {setting} alone, one of them with {value}")
+        raise UsageError(f"--against {against}: no two groups differ in {flag} alone, one of them with {value}")
     return pairs
+
+
+def names_value(text, value):
+    """Whether a text names a setting's value: 0.20 is 0.2; a switch is yes or no."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        try:
+            return float(text) == value
+        except ValueError:
+            return False
+    return text == {"True": "yes", "False": "no"}.get(f"{value}", f"{value}")
 
 
 def differences(groups, pairs, key):
@@ -838,8 +856,8 @@ def compare(paths, output, against=None):
     notes = ["Accuracy and errors are of the last epoch; ±: standard deviation of the n runs",
              "of a row, which differ in their seed alone."]
     if "difference" in columns:
-        notes += [f"difference: in {what}, from {against or first}, runs of the same seed paired;",
-                  "± half its 95 % t interval."]
+        notes += [f"difference: in {what}, from {against or first};",
+                  "runs of the same seed paired, ± half the 95 % t interval."]
     more = {"best (%)": f"best: the best epoch, chosen on {' or '.join(chosen)}.",
             "mirrored (%)": "mirrored: logits of each image and its mirror image averaged."}
     shown = {title: max(len(title), *(len(row[title]) for row in rows)) for title in columns if title in PRINTED}

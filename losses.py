@@ -22,7 +22,7 @@ def classifier_loss(logits, labels, class_weights=None, label_smoothing=None):
     """Mean cross entropy. logits (B, classes), any float; labels (B,) int64.
 
     class_weights (classes,): each image's loss times its class's weight; still divided by B. label_smoothing:
-    the share of the target that all classes have in equal parts (Szegedy et al. 2016).
+    the share of the target that is spread evenly over all classes (Szegedy et al. 2016).
     """
     smoothing = label_smoothing or 0.0
     if class_weights is None:
@@ -40,7 +40,8 @@ def l2_reg_loss(parameters):
     """Half the sum of squares of all parameters (an iterable of tensors).
 
     Its gradient is the parameter itself, so gamma * l2_reg_loss trains exactly as gamma added
-    to an optimizer's (not decoupled) weight_decay, which is how train.py applies it.
+    to an optimizer's (not decoupled) weight_decay, which is how train.py applies it; with Muon,
+    whose weight decay is decoupled, it shrinks the weights beside the update.
     """
     return 0.5 * sum(p.float().square().sum() for p in parameters)
 

@@ -196,21 +196,22 @@ SETTINGS = {
                 "the clean image is the reconstruction target"),
         Setting("clean_test", False, bool, "", "no noise on the test images"),
         Setting("rotate", 0.0, Number(float, 0, 180), "DEGREES", "rotate training images by up to this, either way"),
-        Setting("shift", 0, Number(int, 0, 16), "PIXELS", "shift training images by up to this, any way; borders are "
-                "reflected"),
+        Setting("shift", 0, Number(int, 0, 16), "PIXELS", "shift training images by up to this, before --size scales "
+                "them; borders are reflected"),
         Setting("flip", True, bool, "", "left-right flips in training; never on mnist and svhn"),
         Setting("alternate", False, bool, "", "flip each image in every other epoch, instead of at random")],
     "loss": [
         *(Setting(flag, term.default, Number(float, 0), "X", term.help)
           for flag, term in losses.TERMS.items()),
         Setting("jigsaw_grid", 4, Number(int, 2, 32), "N", "the jigsaw loss cuts an image into N x N tiles"),
-        Setting("label_smoothing", 0.0, Number(float, 0, 1), "X", "share of the classifier's target that all classes "
-                "have in equal parts"),
+        Setting("label_smoothing", 0.0, Number(float, 0, 1), "X", "spread this share of the classifier's target evenly "
+                "over all classes"),
         Setting("class_weights", None, ("balanced",), "", "weight the classifier loss so that all classes count "
                 "the same")],
     "training": [
         Setting("optimizer", "sgd", tuple(OPTIMIZERS), "", "PyTorch's SGD, Adam or Adagrad; or Muon "
-                "(orthogonal updates of matrices: slow for small batches and wide linear layers)"),
+                "(orthogonal updates of matrices: slow for small batches and wide linear layers; what one loss "
+                "alone trains learns as fast whatever its weight)"),
         Setting("lr", 0.01, POSITIVE, "X", "learning rate"),
         Setting("momentum", 0.9, Number(float, 0, 1), "X", "momentum of sgd and muon"),
         Setting("weight_decay", 1e-4, Number(float, 0), "X", "the optimizer's weight decay"),
@@ -255,7 +256,7 @@ OTHERS = dict(scale="0..1", flip=False, alpha=0.0, optimizer="adam", lr=0.001, w
 JOINT = OTHERS | dict(scale="-1..1", classes=["automobile", "cat", "dog", "horse", "truck"], rotate=10.0,
                       noise=0.05, clean_test=True, alpha=0.1, epochs=10)  # 0.05 of 0-1 is 0.1 of -1..1
 FASHION = OTHERS | dict(dataset="fashionmnist", epochs=30, batch_size=64)
-V5 = dict(label_smoothing=0.2, shift=2, alternate=True, optimizer="muon", lr=0.12, momentum=0.85, weight_decay=0.0,
+V5 = dict(label_smoothing=0.2, shift=2, alternate=True, optimizer="muon", lr=0.15, momentum=0.85, weight_decay=0.0,
           schedule="onecycle", epochs=10, batch_size=500)
 KINDS, LATENT = ["mlp", "combo", "cnn"], ["cnn10", "cnn32", "cnn100", "cnn1000"]
 DEPTHS = ["cnnL1", "cnnL3", "cnnL5", "cnnL10"]
@@ -329,7 +330,7 @@ def phases(s):
     """The run's parts, each the settings that hold in it, with `start` and `end` (epochs from 0) and
     whether the encoder is `frozen`: one, or the two parts of separate training, as the CIFAR
     study's program has them: the autoencoder alone, then the classifier on its encoder; in each
-    part the learning rate starts anew and decays twice as often."""
+    part the schedule starts anew, and steps come twice as often."""
     whole = vars(s) | dict(start=0, end=s.epochs, frozen=False)
     if not s.separate:
         return [Namespace(**whole)]
@@ -528,8 +529,8 @@ def train(model, dataset, s, folder, state=None):
     """
     rows, tested = (state["rows"], state["tested"]) if state else ([], None)
     rank, processes = evaluate.process()
-    print("epoch     lr       train loss         test loss       test  PSNR    time  images\n"
-          "              class.   recon.    class.   recon.   acc. %    dB       s      /s", flush=True)
+    print("epoch      lr       train loss         test loss       test  PSNR    time images\n"
+          "               class.   recon.    class.   recon.   acc. %    dB       s     /s", flush=True)
     for row in rows:
         print_row(row)
     for phase in phases(s):
@@ -630,10 +631,10 @@ def print_row(row):
     def number(key, width, digits):
         return f"{'-' if row.get(key) is None else format(row[key], f'.{digits}f'):>{width}}"
 
-    print(f"{row['epoch']:>5}{row['lr']:>7.2g}{number('train_classifier', 9, 4)}"
+    print(f"{row['epoch']:>5}{row['lr']:>8.2g}{number('train_classifier', 9, 4)}"
           f"{number('train_autoencoder', 9, 4)}{number('test_classifier', 10, 4)}"
           f"{number('test_autoencoder', 9, 4)}{number('test_accuracy', 9, 2)}"
-          f"{number('test_psnr', 6, 1)}{row['seconds']:>8.1f}{row['images_per_second']:>8.0f}",
+          f"{number('test_psnr', 6, 1)}{row['seconds']:>8.1f}{row['images_per_second']:>7.0f}",
           flush=True)
 
 
@@ -980,8 +981,8 @@ def prepare(s, model=None):
             raise UsageError(f"--labels {s.labels}: expected at least one for each of {len(dataset.classes)} classes")
         model = build(s, (channels, *sides), len(dataset.classes))
         if isinstance(model.encoder[0], models.WhiteningConv2d):
-            step = math.ceil(len(dataset.train.labels) * math.prod(sides) / 1_000_000)  # a million pixels are enough
-            models.whiten(model, data.normalise(dataset.train.images[::step], **evaluate.preparation(s)))
+            rows = evaluate.random_rows(dataset.train, 1 + 1_000_000 // math.prod(sides))  # a million pixels are enough
+            models.whiten(model, data.normalise(dataset.train.images[rows], **evaluate.preparation(s)))
     bounds = data.batch_bounds(len(dataset.train.labels), s.batch_size, processes)
     smallest = min(stop - start for start, stop in bounds)
     normalised = any(isinstance(layer, torch.nn.BatchNorm2d) for layer in model.modules())
@@ -1028,8 +1029,9 @@ def announce(s, dataset, model, folder):
     weights = ", ".join(f"{flag} {weight:g}" for flag, weight in evaluate.loss_weights(s).items()
                         if weight or flag in ("alpha", "beta"))
     print(f"epochs {s.epochs}, batch {s.batch_size}, {s.optimizer} lr {s.lr:g}, {weights}, seed {s.seed}")
-    also = differences(s, {name: DEFAULTS[name] for name in (
-        "noise", "rotate", "shift", "alternate", "label_smoothing", "schedule")})
+    has_effect = {"noise": True, "rotate": True, "shift": True, "alternate": s.flip,
+                  "label_smoothing": evaluate.classifies(s), "schedule": True}
+    also = differences(s, {name: DEFAULTS[name] for name, has in has_effect.items() if has})
     if also:
         print(f"also: {', '.join(also)}")
     if s.separate:
@@ -1081,7 +1083,7 @@ def keep_config(requested, s, dataset, model, folder, output, command):
 def finish(rows, tested, model, dataset, s, folder):
     """The pictures, metrics.json and the last lines of a run."""
     metrics = summarise(rows, tested, model, dataset)
-    evaluate.draw_curves(rows, folder / "curves.png", f"{folder.name} on {dataset.name}")
+    evaluate.draw_curves(rows, folder / "curves.png", f"{folder.name} on {dataset.name}", s.label_smoothing > 0)
     if model.decoder is not None:
         note = "" if evaluate.rebuilds(s) else " (the decoder is not trained: beta 0)"
         evaluate.draw_reconstructions(model, dataset, s, folder, note)
@@ -1178,6 +1180,8 @@ def plan(given):
     for flag in ("jobs", "list"):
         if flag in given and not sweep and "seeds" not in given:
             raise UsageError(f"--{flag}: has no effect on one run; expected --sweep or --seeds beside it")
+    if given.get("list") and "jobs" in given:
+        raise UsageError("--jobs: has no effect with --list, which runs nothing")
     common = {key: value for key, value in given.items() if key not in ACTS}
     runs, against = [{}], None
     if sweep:
@@ -1188,9 +1192,10 @@ def plan(given):
         for flag in common:
             if len({repr(run.get(flag)) for run in runs}) > 1:
                 raise UsageError(f"--{flag.replace('_', '-')}: the sweep {sweep} varies it itself; leave it out")
-        common.setdefault("dataset", RECIPES[runs[0]["version"]].get("dataset", "cifar10"))
-        s = settle(runs[0] | common)
-        parts = differences(s, {key: value for key, value in DEFAULTS.items() if key in common and key != "seed"})
+        if common.get("schedule", "step") != "step":
+            runs = [{key: value for key, value in run.items() if key != "lr_step"} for run in runs]
+        usual, first = (settle({"dataset": "cifar10"} | run) for run in (SWEEPS[sweep].runs[0], runs[0] | common))
+        parts = differences(first, {key: vars(usual)[key] for key in DEFAULTS if key in common and key != "seed"})
         output = output / "_".join([f"sweep-{sweep}", *parts])
     seeds = range(common.get("seed", 0), common.get("seed", 0) + given.get("seeds", 1))
     return [run | common | {"seed": seed} for run in runs for seed in seeds], output, against

@@ -522,6 +522,16 @@ def test_a_sheet_of_many_classes_continues_in_further_bands(figures, tmp_path):
     assert [axis.texts[0].get_text() for axis in axes[:, 0]] == ["original", "reconstruction"] * 3
 
 
+def test_the_curves_name_a_loss_of_smoothed_labels(figures, tmp_path):
+    row = {"val_mse": None, "val_accuracy": None, "test_mse": None, "train_classifier": 1.5, "test_classifier": 1.2,
+           "train_accuracy": 50.0, "test_accuracy": 60.0}
+    rows = [row | {"epoch": epoch} for epoch in (1, 2)]
+    for smoothed, first in ((True, "train (smoothed labels)"), (False, "train")):
+        evaluate.draw_curves(rows, tmp_path / "c.png", "title", smoothed)
+        labels = [[text.get_text() for text in axis.get_legend().get_texts()][:2] for axis in figures["c.png"].axes]
+        assert labels == [[first, "test"], ["train", "test"]]
+
+
 def test_the_confusion_picture_is_in_percent_of_each_true_class(figures, tmp_path):
     evaluate.draw_confusion([[3, 1, 0], [0, 0, 0], [0, 2, 6]], ["a", "b", "c"], tmp_path / "c.png", "title")
     axis = figures["c.png"].axes[0]
@@ -741,11 +751,23 @@ def test_against_a_setting_pairs_groups_that_differ_in_it_alone(compared, tmp_pa
     assert {name: row["than"] for name, row in rows.items() if row["than"]} == {"v1": "v1_beta0", "v2": "v2_beta0"}
     assert rows["v1"]["difference"] == "+1.00 ± 0.00" and rows["v1"]["better"] == "yes"
     assert rows["v2"]["difference"] == "-1.00 ± 0.00" and rows["v2"]["better"] == "no"
-    for against, message in (("v5", "expected SETTING=VALUE or one"), ("size=0", "no two groups differ in size"),
+    for against, message in (("v5", "expected SETTING=VALUE or one"), ("siz=0", "siz is no setting of these runs"),
                              ("beta=7", "no two groups differ in beta alone, one of them with 7")):
         with pytest.raises(SystemExit) as end:
             evaluate.main(["--compare", str(tmp_path / "runs"), "--against", against])
         assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("against", ["label-smoothing=0.0", "label_smoothing=0", "skip=no", "class-weights=None"])
+def test_against_takes_a_setting_as_its_flag_has_it(compared, tmp_path, against):
+    """Of runs that are older than the setting its default counts."""
+    changed = {"label-smoothing": dict(label_smoothing=0.2), "label_smoothing": dict(label_smoothing=0.2),
+               "skip": dict(skip=True), "class-weights": dict(class_weights="balanced")}[against.split("=")[0]]
+    for seed in range(2):
+        write_run(tmp_path / f"runs/v4_seed{seed}", 50.0 + seed, seed=seed)
+        write_run(tmp_path / f"runs/v4_changed_seed{seed}", 53.0 + seed, seed=seed, **changed)
+    rows = {row["run"]: row for row in compared(tmp_path / "runs", "--against", against)}
+    assert {name: row["difference"] for name, row in rows.items()} == {"v4": "", "v4_changed": "+3.00 ± 0.00"}
 
 
 def test_runs_without_a_classifier_are_compared_by_their_psnr(compared, tmp_path):

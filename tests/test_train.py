@@ -262,6 +262,16 @@ def test_what_an_optimizer_has_gathered_is_laid_out_as_its_parameters():
         assert buffer.stride() == p.stride() and buffer.unique().tolist() == [1]
 
 
+def test_the_columns_of_a_row_are_apart(capsys):
+    row = {"epoch": 100, "lr": 3.9e-05, "train_classifier": 12.3456, "train_autoencoder": 12.3456,
+           "test_classifier": 12.3456, "test_autoencoder": 12.3456, "test_accuracy": 100.0, "test_psnr": 100.0,
+           "seconds": 1234.5, "images_per_second": 12345.6}
+    train.print_row(row)
+    printed = capsys.readouterr().out
+    assert printed.split() == ["100", "3.9e-05", *["12.3456"] * 4, "100.00", "100.0", "1234.5", "12346"]
+    assert len(printed) <= 81
+
+
 def test_the_learning_rate_rises_and_falls():
     s = settings(schedule="onecycle", lr=2.0, epochs=100)
     rates = [train.learning_rate(s, moment) for moment in (0, 11.5, 23, 61.5, 100)]
@@ -309,6 +319,18 @@ def test_v5_is_whitened_once_and_resumes_bit_for_bit(tiny, tmp_path, monkeypatch
     rows = models.patches(seen[0]).flatten(0, 2).double()
     outputs = rows @ fixed[:24].permute(0, 2, 3, 1).flatten(1).T.double()
     assert outputs[:, :12].square().mean(0).tolist() == pytest.approx([1] * 12, abs=0.3)  # less where small: 5e-4
+
+
+def test_the_images_that_whiten_are_of_all_classes(monkeypatch):
+    """The classes of shapes take turns: every second image is of five of them."""
+    seen = []
+    monkeypatch.setattr(models, "whiten", lambda model, images: seen.extend(images))
+    dataset, _ = train.prepare(settings(version="v5-small", dataset="shapes", train_size=1500, device="cpu"))
+    assert len(seen) == 977  # a million pixels
+    sample = {image.numpy().tobytes() for image in seen}
+    found = [label for image, label in zip(data.normalise(dataset.train.images), dataset.train.labels.tolist())
+             if image.numpy().tobytes() in sample]
+    assert len(found) == 977 and min(found.count(label) for label in range(10)) > 60
 
 
 def test_every_setting_of_v5_is_one_of_v4_and_the_other_way_round(tiny, tmp_path, capsys):
@@ -1306,12 +1328,19 @@ def test_a_sweep_of_seeds_is_named_and_numbered():
         assert [(s.version, s.seed) for s in expected] == [(f"cnn{code}", seed) for code in (10, 32, 100, 1000)
                                                            for seed in (5, 6)]
         assert output == Path("outputs/sweep-latent_dataset-shapes_size24_epochs3")
+    for flags, name in (("--sweep kind --optimizer sgd", "sweep-kind_optimizer-sgd"),  # v4's default, not kind's
+                        ("--sweep help --epochs 12 --lr-step 3", "sweep-help"),
+                        ("--sweep help --epochs 40", "sweep-help_epochs40"),
+                        ("--sweep labels --schedule onecycle", "sweep-labels_schedule-onecycle")):
+        assert settled(train.parse(flags.split()))[1] == Path("outputs", name)
     expected, output = settled(train.parse(["--seeds", "3", "--version", "v3"]))
     assert [train.run_name(s) for s in expected] == ["v3", "v3_seed1", "v3_seed2"] and output == Path("outputs")
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--jobs", "2"], "--jobs: has no effect on one run"), (["--list"], "--list: has no effect on one run"),
+    (["--jobs", "2"], "--jobs: has no effect on one run"),
+    (["--seeds", "2", "--list", "--jobs", "2"], "--jobs: has no effect with --list"),
+    (["--list"], "--list: has no effect on one run"),
     (["--sweep", "kind", "--version", "v3"], "--version: has no effect with --sweep"),
     (["--sweep", "kind", "--encoder", CUSTOM], "--encoder: has no effect with --sweep"),
     (["--sweep", "kind", "--labels", "5"], "--labels: has no effect"),
