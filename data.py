@@ -855,12 +855,12 @@ def batches(split, batch_size, epoch_seed=None, flip=False, size=None, margin=Fa
             degrees=0.0, shifts=0, part=(0, 1), rounds=1):
     """A split's batches of `batch_bounds`, (images, labels) as `normalise` makes them, on the split's device.
 
-    epoch_seed: an int shuffles, always in the same order for the same seed; None keeps the set's order. flip:
-    mirror each image left to right with probability 1/2; or a bool tensor (N,), the images that are mirrored in
-    rounds 0, 2, 4, ..., the others being mirrored in rounds 1, 3, ... degrees: rotate each by up to so many,
-    either way. shifts: move each by up to so many pixels, borders reflected. margin: crop each anywhere, with
-    epoch_seed None in the centre. All are drawn from the same seed. part: (rank, processes): every batch's share
-    of that process. rounds: passes over the split, each in another order. Raises DataError if a share is empty.
+    epoch_seed: an int shuffles, always in the same order for the same seed; None keeps the set's order. In this
+    order: flip: mirror each image left to right with probability 1/2. shifts: move each by up to so many pixels,
+    borders reflected. degrees: rotate each by up to so many, either way. size: scale to this side. margin: crop each
+    anywhere, with epoch_seed None in the centre. All are drawn from the same seed. part: (rank, processes): every
+    batch's share of that process. rounds: passes over the split, each in another order. Raises DataError if a
+    share is empty.
     """
     n, device, (rank, processes) = rounds * len(split.labels), split.images.device, part
     bounds = batch_bounds(n, batch_size, processes)
@@ -871,10 +871,7 @@ def batches(split, batch_size, epoch_seed=None, flip=False, size=None, margin=Fa
     generator = torch.Generator().manual_seed(0 if epoch_seed is None else epoch_seed)
     order = torch.arange(n) % len(split.labels) if epoch_seed is None else torch.cat(
         [torch.randperm(len(split.labels), generator=generator) for _ in range(rounds)])
-    flipped = torch.rand(n, generator=generator) < 0.5
-    if torch.is_tensor(flip):
-        flipped, flip = flip[order] ^ (torch.arange(n) // len(split.labels) % 2 == 1), True
-    flipped = flipped.to(device)
+    flipped = (torch.rand(n, generator=generator) < 0.5).to(device)
     offsets = torch.rand(n, 2, generator=generator).to(device) if margin and epoch_seed is not None else None
     angles = degrees * (2 * torch.rand(n, generator=generator).to(device) - 1) if degrees else None
     moves = torch.randint(-shifts, shifts + 1, (n, 2), generator=generator).to(device) if shifts else None

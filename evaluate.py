@@ -717,7 +717,7 @@ def collect(paths):
 # Other settings that are newer than some runs, with their defaults in train.py.
 LATER = dict(shift=0, label_smoothing=0.0, schedule="step")
 # Settings of some older runs that are no more, with their defaults; a run with another value is not resumed.
-GONE = dict(nesterov=False, decoder_rate=1.0, bias_rate=1.0, lookahead=False)
+GONE = dict(nesterov=False, decoder_rate=1.0, bias_rate=1.0, lookahead=False, alternate=False)
 
 
 def filled(settings):

@@ -50,9 +50,9 @@ from evaluate import Stopped, UsageError
 
 class Muon(torch.optim.Optimizer):
     """SGD with Nesterov momentum in which the update of a matrix of weights is made nearly orthogonal (Jordan et al.
-    2024), with decoupled weight decay. A convolution's weights count as a matrix with a row for each output channel
-    (a transposed one's: for each input channel); biases and other vectors learn as by SGD. A matrix learns at the
-    same speed whatever the scale of its gradient."""
+    2024, https://kellerjordan.github.io/posts/muon/), with decoupled weight decay. A convolution's weights count as a
+    matrix with a row for each output channel (a transposed one's: for each input channel); biases and other vectors
+    learn as by SGD. A matrix learns at the same speed whatever the scale of its gradient."""
 
     def __init__(self, parameters, lr, momentum, weight_decay):
         super().__init__(parameters, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -198,8 +198,7 @@ SETTINGS = {
         Setting("rotate", 0.0, Number(float, 0, 180), "DEGREES", "rotate training images by up to this, either way"),
         Setting("shift", 0, Number(int, 0, 16), "PIXELS", "shift training images by up to this, before --size scales "
                 "them; borders are reflected"),
-        Setting("flip", True, bool, "", "left-right flips in training; never on mnist and svhn"),
-        Setting("alternate", False, bool, "", "flip each image in every other epoch, instead of at random")],
+        Setting("flip", True, bool, "", "left-right flips in training; never on mnist and svhn")],
     "loss": [
         *(Setting(flag, term.default, Number(float, 0), "X", term.help)
           for flag, term in losses.TERMS.items()),
@@ -256,7 +255,7 @@ OTHERS = dict(scale="0..1", flip=False, alpha=0.0, optimizer="adam", lr=0.001, w
 JOINT = OTHERS | dict(scale="-1..1", classes=["automobile", "cat", "dog", "horse", "truck"], rotate=10.0,
                       noise=0.05, clean_test=True, alpha=0.1, epochs=10)  # 0.05 of 0-1 is 0.1 of -1..1
 FASHION = OTHERS | dict(dataset="fashionmnist", epochs=30, batch_size=64)
-V5 = dict(label_smoothing=0.2, shift=2, alternate=True, optimizer="muon", lr=0.15, momentum=0.85, weight_decay=0.0,
+V5 = dict(label_smoothing=0.2, shift=2, optimizer="muon", lr=0.15, momentum=0.85, weight_decay=0.0,
           schedule="onecycle", epochs=10, batch_size=500)
 KINDS, LATENT = ["mlp", "combo", "cnn"], ["cnn10", "cnn32", "cnn100", "cnn1000"]
 DEPTHS = ["cnnL1", "cnnL3", "cnnL5", "cnnL10"]
@@ -295,6 +294,10 @@ SWEEPS = {
     "labels": Sweep([run for count in (100, 1000, 10_000)
                      for run in versions(*BOTH, version="v4", labels=count, **SHORT)], "beta=0",
                     "does it help with few labels: v4 with 100, 1,000, 10,000, beta 1 and 0, 12 epochs"),
+    "ablation": Sweep(versions({}, dict(beta=0.0), dict(encoder="C'(32)>B(32)>B'(32)"), dict(label_smoothing=0.0),
+                               dict(shift=0), dict(schedule="step", lr_step=2), dict(optimizer="adam", lr=0.01),
+                               dict(optimizer="sgd", lr=0.7), version="v5-small"), "v5-small",
+                      "v5-small, and with one of its ingredients taken away or exchanged"),
     "study": Sweep([run for version in ("v1", "v1.1", "v1.2", "v2", "v2.1", "v2.2", "v2.3", "v3", "v3.1", "v3.2",
                                         "v3.3", "v4") for run in versions(*BOTH, version=version)]
                    + versions("v4-plain", dict(version="v4", gamma=0.0), "v4-stride2")
@@ -388,13 +391,9 @@ class Batch(NamedTuple):
 def batches(split, s, epoch, purpose, rounds=1):
     """The Batches of an epoch: `rounds` passes over a Split. purpose: of the stream of their order."""
     rank, processes = evaluate.process()
-    flip, n = s.flip, len(split.labels)
-    if s.flip and s.alternate:
-        first = torch.rand(n, generator=torch.Generator().manual_seed(stream(s.seed, 0, "flips"))) < 0.5
-        flip = first ^ bool(epoch * rounds % 2)
-    bounds = data.batch_bounds(rounds * n, s.batch_size, processes)
-    shares = data.batches(split, s.batch_size, epoch_seed=stream(s.seed, epoch, purpose), flip=flip, degrees=s.rotate,
-                          shifts=s.shift, rounds=rounds, part=(rank, processes), **evaluate.preparation(s))
+    bounds = data.batch_bounds(rounds * len(split.labels), s.batch_size, processes)
+    shares = data.batches(split, s.batch_size, epoch_seed=stream(s.seed, epoch, purpose), flip=s.flip, shifts=s.shift,
+                          degrees=s.rotate, rounds=rounds, part=(rank, processes), **evaluate.preparation(s))
     for (images, labels), (start, stop) in zip(shares, bounds):
         yield Batch(images, labels, stop - start)
 
@@ -847,7 +846,6 @@ def check_training(s, given):
                                                         s.variant != "complete"),
             ("jigsaw_grid", "--delta above 0", s.delta), ("class_weights", "--alpha above 0", s.alpha),
             ("labels", "--alpha above 0", s.alpha), ("label_smoothing", "--alpha above 0", s.alpha),
-            ("alternate", "flips", (s.flip and s.dataset not in data.NEVER_FLIPPED) or not s.alternate),
             ("lr_step", "--schedule step", s.schedule == "step"),
             ("lr_decay", "--schedule step", s.schedule == "step"),
             ("momentum", "--optimizer sgd or muon", OPTIMIZERS[s.optimizer].momentum),
@@ -1029,9 +1027,8 @@ def announce(s, dataset, model, folder):
     weights = ", ".join(f"{flag} {weight:g}" for flag, weight in evaluate.loss_weights(s).items()
                         if weight or flag in ("alpha", "beta"))
     print(f"epochs {s.epochs}, batch {s.batch_size}, {s.optimizer} lr {s.lr:g}, {weights}, seed {s.seed}")
-    has_effect = {"noise": True, "rotate": True, "shift": True, "alternate": s.flip,
-                  "label_smoothing": evaluate.classifies(s), "schedule": True}
-    also = differences(s, {name: DEFAULTS[name] for name, has in has_effect.items() if has})
+    shown = ["noise", "rotate", "shift", "schedule", *["label_smoothing"] * evaluate.classifies(s)]
+    also = differences(s, {name: DEFAULTS[name] for name in shown})
     if also:
         print(f"also: {', '.join(also)}")
     if s.separate:

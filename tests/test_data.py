@@ -825,18 +825,6 @@ def test_shifts_are_drawn_for_each_image_and_leave_the_other_draws():
     assert sum(counts) == 400 and min(counts) > 20  # 44 are expected of each of the nine
 
 
-def test_flips_can_be_named_for_each_image():
-    split = data.shapes(train=50, test=10).train
-    flip = torch.arange(50) % 3 == 0
-    images = torch.cat([images for images, _ in data.batches(split, 20, epoch_seed=4, flip=flip)])
-    order = torch.randperm(50, generator=torch.Generator().manual_seed(4))
-    for image, row in zip(images, order):
-        original = data.normalise(split.images[row][None])[0]
-        assert torch.equal(image, original.flip(2) if flip[row] else original)
-    twice = torch.cat([images for images, _ in data.batches(split, 20, flip=flip, rounds=2)])
-    assert torch.equal(twice[:50], twice[50:].flip(3))  # in every other round
-
-
 def test_a_shift_by_a_whole_side_is_refused():
     split = data.Split(torch.zeros(3, 1, 8, 5, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64))
     next(data.batches(split, 3, epoch_seed=0, shifts=4))

@@ -305,16 +305,17 @@ def test_whitening_is_of_images_alone(changes):
         build(Version("C'(16)>C(16)", "L'(10)"), **changes)
 
 
-def test_a_new_block_hands_its_channels_on():
-    """Its first filters are the identity: at the start B'(n) is the batch norm and ReLU of what it reads."""
+def test_a_block_normalises_what_it_has_pooled():
     x = torch.randn(4, 5, 6, 6)
-    (conv, norm, act), _ = models.layers("B'(9)", (5, 6, 6))
-    torch.testing.assert_close(conv(x)[:, :5], x)
-    expected = (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()
-    torch.testing.assert_close(act(norm(conv(x)))[:, :5], expected.relu(), rtol=1e-4, atol=1e-5)
-    assert conv.bias is None
-    (narrow, *_), _ = models.layers("B(3)", (5, 6, 6))
-    torch.testing.assert_close(narrow(x), x[:, :3])
+    for notation in ("B(9)", "B'(9)"):
+        modules, _ = models.layers(notation, (5, 6, 6))
+        maps = F.conv2d(x, modules[0].weight, padding=1)  # no bias: the norm has one
+        if notation == "B(9)":
+            maps = F.max_pool2d(maps, 2)
+        variance, mean = torch.var_mean(maps, (0, 2, 3), unbiased=False, keepdim=True)
+        expected = ((maps - mean) / (variance + 1e-5).sqrt()).relu()
+        torch.testing.assert_close(nn.Sequential(*modules)(x), expected, rtol=1e-4, atol=1e-5)
+        assert modules[0].bias is None
 
 
 def test_the_mirror_of_the_new_blocks():
