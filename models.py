@@ -323,6 +323,11 @@ def _pool(before, after, plain, adaptive):
     return adaptive(after)
 
 
+def _norm(n):
+    """A batch norm whose statistics for evaluation follow in a few steps, which may be all that a run has."""
+    return nn.BatchNorm2d(n, momentum=0.4)
+
+
 def _no_layers(before, after):
     return []
 
@@ -348,11 +353,10 @@ KINDS = {
     "N": Kind(lambda n, features: ([nn.Linear(features, 2 * n)], (n,)), _linear_mirror, "vector"),
     "W": Kind(lambda n, c, h, w: ([WhiteningConv2d(c, n), nn.ReLU()], (n, h, w)), _no_layers),
     "B": Kind(
-        lambda n, c, h, w: ([nn.Conv2d(c, n, 3, padding=1, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(n), nn.ReLU()],
+        lambda n, c, h, w: ([nn.Conv2d(c, n, 3, padding=1, bias=False), nn.MaxPool2d(2), _norm(n), nn.ReLU()],
                             (n, h // 2, w // 2)), _doubling_mirror),
-    "B'": Kind(
-        lambda n, c, h, w: ([nn.Conv2d(c, n, 3, padding=1, bias=False), nn.BatchNorm2d(n), nn.ReLU()], (n, h, w)),
-        _pointwise_mirror),
+    "B'": Kind(lambda n, c, h, w: ([nn.Conv2d(c, n, 3, padding=1, bias=False), _norm(n), nn.ReLU()], (n, h, w)),
+               _pointwise_mirror),
     "D": Kind(lambda p, *shape: ([Dropout(p)], shape), _no_layers, "either"),
     "A": Kind(lambda n, c, h, w: ([_pool((h, w), (n, n), nn.AvgPool2d, nn.AdaptiveAvgPool2d)], (c, n, n)), None),
     "T": Kind(lambda n, c, h, w: ([ConvTranspose2d(c, n, 2, stride=2), nn.ReLU()], (n, 2 * h, 2 * w)), None),

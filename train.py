@@ -261,7 +261,7 @@ KINDS, LATENT = ["mlp", "combo", "cnn"], ["cnn10", "cnn32", "cnn100", "cnn1000"]
 DEPTHS = ["cnnL1", "cnnL3", "cnnL5", "cnnL10"]
 RECIPES = dict.fromkeys([*models.VERSIONS, "custom"], {}) | {
     "v2.3": dict(size=64), "v4": dict(gamma=0.001), "v4-stride2": dict(gamma=0.001),
-    "v5-small": V5 | dict(epochs=5), "v5": V5, "v5-large": V5 | dict(epochs=40),
+    "v5-small": V5 | dict(epochs=6), "v5": V5, "v5-large": V5 | dict(epochs=40),
     "vgg": STANDARD, "resnet": STANDARD, "mobilenet": STANDARD, "squeezenet": STANDARD,
     "joint5": JOINT, "cnn6": dict(beta=0.0),
     **dict.fromkeys([*KINDS, *LATENT, *DEPTHS], OTHERS),

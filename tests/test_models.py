@@ -316,6 +316,7 @@ def test_a_block_normalises_what_it_has_pooled():
         expected = ((maps - mean) / (variance + 1e-5).sqrt()).relu()
         torch.testing.assert_close(nn.Sequential(*modules)(x), expected, rtol=1e-4, atol=1e-5)
         assert modules[0].bias is None
+        torch.testing.assert_close(modules[-2].running_mean, 0.4 * mean.flatten(), rtol=1e-4, atol=1e-5)
 
 
 def test_the_mirror_of_the_new_blocks():
