@@ -601,7 +601,9 @@ def read_run(folder):
         config, metrics = (json.loads((folder / name).read_text()) for name in ("config.json", "metrics.json"))
         if metrics["epochs"] != config["settings"]["epochs"]:
             raise ValueError
-        return Run(folder.resolve(), config["settings"] | {"precision": config["precision"]}, rows, metrics)
+        usual = {name: needed.default for name, needed in NEEDED.items()} | LATER  # of settings newer than the run
+        settings = usual | config["settings"] | {"precision": config["precision"]}
+        return Run(folder.resolve(), settings, rows, metrics)
     except (OSError, KeyError, ValueError, IndexError, TypeError) as error:
         raise UsageError(f"{folder}: not the folder of a finished run; expected config.json, log.csv and "
                          f"metrics.json ({getattr(error, 'strerror', None) or 'unreadable'})") from None
@@ -720,14 +722,9 @@ LATER = dict(shift=0, label_smoothing=0.0, schedule="step")
 GONE = dict(nesterov=False, decoder_rate=1.0, bias_rate=1.0, lookahead=False, alternate=False)
 
 
-def filled(settings):
-    """A run's settings; one that is newer than the run has its default."""
-    return {name: needed.default for name, needed in NEEDED.items()} | LATER | settings
-
-
 def kind_of(settings, *ignored):
     """What runs have in common that differ by chance alone, as a text to compare."""
-    return json.dumps({key: value for key, value in filled(settings).items()
+    return json.dumps({key: value for key, value in settings.items()
                        if value is not None and value is not False and key not in (*INCIDENTAL, *ignored)
                        and value != GONE.get(key)},
                       sort_keys=True)
@@ -789,7 +786,7 @@ def references(groups, against):
             raise UsageError(f"--against {against}: expected SETTING=VALUE or one of {' '.join(groups)}")
         return {name: against for name in groups if name != against}
     setting = flag.replace("-", "_")
-    pairs, firsts = {}, {name: filled(next(iter(group.values())).settings) for name, group in groups.items()}
+    pairs, firsts = {}, {name: next(iter(group.values())).settings for name, group in groups.items()}
     if not any(setting in settings for settings in firsts.values()):
         raise UsageError(f"--against {against}: {flag} is no setting of these runs")
     for name, settings in firsts.items():
