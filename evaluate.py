@@ -167,7 +167,7 @@ def write_json(path, content):
 
 
 class Needed(NamedTuple):
-    default: object  # also the value of a setting that an older checkpoint does not know
+    default: object  # the value of a setting that a checkpoint does not have
     accepts: object  # a type, or a tuple of choices; None too, where it is the default
     low: float = -math.inf
     high: float = math.inf
@@ -599,11 +599,9 @@ def read_run(folder):
                     for row in csv.DictReader(file)]
         best_row(rows)["train_classifier"]
         config, metrics = (json.loads((folder / name).read_text()) for name in ("config.json", "metrics.json"))
-        if metrics["epochs"] != config["settings"]["epochs"]:
+        if metrics["epochs"] != config["settings"]["epochs"] or "seed" not in config["settings"]:
             raise ValueError
-        usual = {name: needed.default for name, needed in NEEDED.items()} | LATER  # of settings newer than the run
-        settings = usual | config["settings"] | {"precision": config["precision"]}
-        return Run(folder.resolve(), settings, rows, metrics)
+        return Run(folder.resolve(), config["settings"] | {"precision": config["precision"]}, rows, metrics)
     except (OSError, KeyError, ValueError, IndexError, TypeError) as error:
         raise UsageError(f"{folder}: not the folder of a finished run; expected config.json, log.csv and "
                          f"metrics.json ({getattr(error, 'strerror', None) or 'unreadable'})") from None
@@ -716,17 +714,10 @@ def collect(paths):
     return list({run.folder: run for run in runs}.values())
 
 
-# Other settings that are newer than some runs, with their defaults in train.py.
-LATER = dict(shift=0, label_smoothing=0.0, schedule="step")
-# Settings of some older runs that are no more, with their defaults; a run with another value is not resumed.
-GONE = dict(nesterov=False, decoder_rate=1.0, bias_rate=1.0, lookahead=False, alternate=False)
-
-
 def kind_of(settings, *ignored):
     """What runs have in common that differ by chance alone, as a text to compare."""
     return json.dumps({key: value for key, value in settings.items()
-                       if value is not None and value is not False and key not in (*INCIDENTAL, *ignored)
-                       and value != GONE.get(key)},
+                       if value is not None and value is not False and key not in (*INCIDENTAL, *ignored)},
                       sort_keys=True)
 
 

@@ -667,14 +667,8 @@ def load(path):
             if any(entry.compress_type for entry in file.infolist()) or file.testzip():
                 raise ValueError("its zip archive is damaged or compressed")
             content = torch.load(path, map_location="cpu", weights_only=True)
-            older = [f"autoencoder checkpoint, format {number}" for number in (1, 2, 3)]
-            # Of formats 2 and 3, the tokens W, B, B' and M had other layers, and a temperature divided the logits.
-            if content["kind"] in older[1:] and not re.search(r"[BMW]'?\(", f"{content['version']}") and (
-                    content["version"].pop("temperature", 1.0) == 1.0):
-                content["kind"] = CHECKPOINT
-            if content["kind"] in older:
-                raise CheckpointError(f"{path}: written by an earlier version of this program; train the network "
-                                      "again")
+            if content["kind"] != CHECKPOINT and re.fullmatch(r"autoencoder checkpoint, format \d+", content["kind"]):
+                raise CheckpointError(f"{path}: written by another version of this program; train the network again")
             classes, weights = content["classes"], content["model"]
             if content["kind"] != CHECKPOINT or type(classes) is not list or {type(name) for name in classes} - {str}:
                 raise ValueError("another kind of content")

@@ -887,15 +887,13 @@ def reopen(given, folder):
     """(settings, last.pt's content or None, its model or None) of a run that is to resume. UsageError."""
     try:
         config = json.loads((folder / "config.json").read_text())
-        known = {key: value for key, value in config["settings"].items() if key in DEFAULTS}
-        gone = [key for key, usual in evaluate.GONE.items() if config["settings"].get(key, usual) != usual]
-        s = Namespace(**recipe(known["version"]) | parse(as_flags(known)) | {"precision": config["precision"]})
+        if not set(config["settings"]) <= set(DEFAULTS):
+            raise ValueError
+        known = parse(as_flags(config["settings"]))  # a setting that is newer than the run has its default
+        s = Namespace(**recipe(known["version"]) | known | {"precision": config["precision"]})
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         raise UsageError(f"--resume {folder}: expected the folder of a run, with a config.json of this "
                          "version of the program") from None
-    if gone:
-        raise UsageError(f"--resume {folder}: begun by an earlier version with --{gone[0].replace('_', '-')}, which "
-                         "is no more; start another run")
     if given.get("epochs", s.epochs) != s.epochs and (s.separate or s.schedule != "step"):
         what = "--separate" if s.separate else f"--schedule {s.schedule}"
         raise UsageError(f"--epochs {given['epochs']}: with {what} the completed epochs depend on the total; "

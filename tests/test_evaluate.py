@@ -645,29 +645,6 @@ def test_runs_of_one_name_and_other_settings_are_two_groups(compared, tmp_path):
     assert "difference" not in rows[0]  # one run each: no interval
 
 
-def test_later_settings_have_the_defaults_of_training():
-    """All of them that a run's folder does not need to have: those that are None or False count as missing."""
-    plain = {key: value for key, value in train.DEFAULTS.items() if value is not None and value is not False}
-    known = {name: needed.default for name, needed in evaluate.NEEDED.items()} | evaluate.LATER
-    assert all(plain[key] == value for key, value in evaluate.LATER.items())
-    # The others are as old as config.json.
-    assert set(plain) - set(known) <= {"optimizer", "lr", "momentum", "lr_step", "lr_decay", "weight_decay", "epochs",
-                                       "batch_size", "rotate", "first_share", "freeze_encoder", "device"}
-
-
-def test_a_run_older_than_a_setting_is_in_the_group_of_its_default(compared, tmp_path):
-    for seed in range(2):
-        folder = write_run(tmp_path / f"runs/v3_seed{seed}", 50.0 + seed, seed=seed)
-        if not seed:
-            config = json.loads((folder / "config.json").read_text())
-            for name in ("shift", "schedule", "label_smoothing", "flip"):
-                del config["settings"][name]
-            config["settings"] |= {"nesterov": False, "decoder_rate": 1.0, "bias_rate": 1.0}  # no more
-            (folder / "config.json").write_text(json.dumps(config))
-    row, = compared(tmp_path / "runs")
-    assert row["n"] == "2"
-
-
 def test_the_picture_shows_the_differences(tmp_path, monkeypatch):
     """Accuracy 50, 52, 54 against 51, 54, 57: the mean 2 with its interval, beside the second group."""
     figures = []
@@ -760,7 +737,6 @@ def test_against_a_setting_pairs_groups_that_differ_in_it_alone(compared, tmp_pa
 
 @pytest.mark.parametrize("against", ["label-smoothing=0.0", "label_smoothing=0", "skip=no", "class-weights=None"])
 def test_against_takes_a_setting_as_its_flag_has_it(compared, tmp_path, against):
-    """Of runs that are older than the setting its default counts."""
     changed = {"label-smoothing": dict(label_smoothing=0.2), "label_smoothing": dict(label_smoothing=0.2),
                "skip": dict(skip=True), "class-weights": dict(class_weights="balanced")}[against.split("=")[0]]
     for seed in range(2):
@@ -790,15 +766,6 @@ def test_no_group_is_lost_in_the_names(tmp_path):
                 for suffix, accuracy in (("", 50.0), ("_run2", 70.0))]
     group, = evaluate.group_runs(repeated).values()
     assert group[0].metrics["accuracy"]["last"] == 70.0  # of the same seed the last one
-
-
-def test_a_run_from_before_a_setting_existed_is_grouped_with_its_default(tmp_path):
-    old, new = (write_run(tmp_path / f"v3_seed{seed}", 50.0, seed=seed) for seed in range(2))
-    config = json.loads((old / "config.json").read_text())
-    del config["settings"]["kl"], config["settings"]["clean_test"]
-    (old / "config.json").write_text(json.dumps(config))
-    group, = evaluate.group_runs(evaluate.collect([tmp_path])).values()
-    assert set(group) == {0, 1}
 
 
 def test_a_comparison_needs_no_data_set(trained, compared, tmp_path):

@@ -743,7 +743,7 @@ def test_a_compressed_archive_is_refused(tmp_path):
         models.load(tmp_path / "small.pt")
 
 
-def test_files_that_are_missing_or_of_an_earlier_version(tmp_path):
+def test_files_that_are_missing_or_of_another_version(tmp_path):
     for path in (tmp_path / "none.pt", tmp_path):
         with pytest.raises(CheckpointError) as error:
             models.load(path)
@@ -752,24 +752,7 @@ def test_files_that_are_missing_or_of_an_earlier_version(tmp_path):
     torch.save({"kind": "autoencoder checkpoint, format 1", "settings": {}}, path)
     with pytest.raises(CheckpointError) as error:
         models.load(str(path))
-    assert str(error.value) == f"{path}: written by an earlier version of this program; train the network again"
-
-
-@pytest.mark.parametrize("number, encoder, more, loads", [
-    (2, "C(4)>C'(4)", {}, True), (3, "C(4)>C'(4)", {"temperature": 1.0}, True),
-    (2, "B(4)", {}, False), (3, "C(4)>B'(4)", {"temperature": 1.0}, False), (3, "W(4)>C(4)", {}, False),
-    (3, "C(4)>C'(4)", {"temperature": 9.0}, False)])
-def test_an_older_checkpoint_is_loaded_where_its_layers_are_the_same(number, encoder, more, loads, tmp_path):
-    model = build(Version(encoder), (3, 8, 8))
-    models.save(tmp_path / "net.pt", model)
-    content = torch.load(tmp_path / "net.pt", weights_only=True)
-    content |= {"kind": f"autoencoder checkpoint, format {number}", "version": content["version"] | more}
-    torch.save(content, tmp_path / "net.pt")
-    if loads:
-        images = torch.rand(2, 3, 8, 8)
-        return torch.testing.assert_close(models.load(tmp_path / "net.pt")[0](images)[1], model.eval()(images)[1])
-    with pytest.raises(CheckpointError, match="written by an earlier version"):
-        models.load(tmp_path / "net.pt")
+    assert str(error.value) == f"{path}: written by another version of this program; train the network again"
 
 
 # ---------------------------------------------------------------- the command line

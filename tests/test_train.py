@@ -1107,18 +1107,6 @@ def test_an_interrupted_run_resumes_where_its_data_has_moved(flags, tmp_path, mo
     assert config["settings"]["data_dir"] == str(tmp_path / "two")
 
 
-def test_a_run_with_a_setting_that_is_no_more_is_not_resumed(tiny, tmp_path, capsys):
-    folder = run(tiny, tmp_path, "--version", "v3")
-    config = json.loads((folder / "config.json").read_text())
-    assert set(evaluate.GONE) == {"nesterov", "bias_rate", "decoder_rate", "lookahead", "alternate"}
-    for name, value in dict(nesterov=True, bias_rate=64.0, decoder_rate=0.2, lookahead=True, alternate=True).items():
-        settings = config["settings"] | evaluate.GONE | {name: value}
-        (folder / "config.json").write_text(json.dumps(config | {"settings": settings}))
-        assert fails("--resume", folder, "--epochs", "3") == 2
-        assert (f"begun by an earlier version with --{name.replace('_', '-')}, which is no more"
-                in capsys.readouterr().err)
-
-
 def test_a_classifier_of_one_class_is_refused(tiny, tmp_path, capsys):
     assert fails("--dataset", tiny, "--classes", "circle", "--output", tmp_path) == 2
     assert "--alpha 1: tiny has one class here; expected two, or --alpha 0" in capsys.readouterr().err
@@ -1154,11 +1142,11 @@ def test_a_folder_named_shapes_does_not_hide_the_set(tmp_path, monkeypatch):
 
 
 def test_settings_unknown_to_an_old_run_take_their_default(tiny, tmp_path):
-    """A run of an earlier version of this program: its config.json has fewer settings, or others."""
+    """A run of an earlier version of this program, whose config.json has fewer settings."""
     first, old = (run(tiny, tmp_path / name, "--version", "vae", "--rotate", "5") for name in ("first", "old"))
     config = config_of(old)
     new = {"labels", "test_share", "first_decay", "kl", "alpha"}
-    config["settings"] = {key: value for key, value in config["settings"].items() if key not in new} | {"past": 3}
+    config["settings"] = {key: value for key, value in config["settings"].items() if key not in new}
     (old / "config.json").write_text(json.dumps(config))
     for folder in (first, old):
         assert train.main(["--resume", str(folder), "--epochs", "3"]) == 0

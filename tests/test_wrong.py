@@ -72,6 +72,7 @@ def place(trained, tmp_path_factory):
         (root / name / "config.json").write_text(text)
     changed("separate-run", settings={"separate": True})
     changed("odd-run", settings={"lr": "fast"})
+    changed("other-version", settings={"help": True})  # no setting
     changed("other-images", images={"train": 61, "test": 20})
     changed("no-data", settings={"dataset": "/nowhere/tiny.npz"})
     shutil.copytree(run, root / "best-only")
@@ -236,6 +237,7 @@ TRAIN = [  # flags ({} is the folder of wrong things), a part of the answer
     ("--resume {}/list-config", "expected the folder of a run"),
     ("--resume {}/old-config", "expected the folder of a run"),
     ("--resume {}/odd-run --epochs 3", "expected the folder of a run, with a config.json"),
+    ("--resume {}/other-version --epochs 3", "expected the folder of a run, with a config.json"),
     ("--resume {}/best-only --epochs 3", "last.pt: not a last.pt of train.py"),
     ("--resume {}/run", "all 2 of its epochs are done; --epochs N lengthens it"),
     ("--resume {}/run --epochs 1", "--epochs 1: the run has completed 2 epochs"),
@@ -256,7 +258,7 @@ EVALUATE = [
     ("--ckpt {}/run/best.pt --compare {}/run", "not allowed with argument"),
     ("--ckpt {}/none.pt", "none.pt: no such file; expected the best.pt or last.pt of a run"),
     ("--ckpt {}/run", "run: is a folder; expected a checkpoint in it"),
-    ("--ckpt {}/format-1.pt", "format-1.pt: written by an earlier version of this program; train the network again"),
+    ("--ckpt {}/format-1.pt", "format-1.pt: written by another version of this program; train the network again"),
     ("--ckpt {}/run/best.pt --images {}/file", "file: not a picture"),
     ("--ckpt {}/run/best.pt --images {}/none.png", "none.png: cannot be read"),
     ("--ckpt {}/run/best.pt --images {}/cut/test/b/1.png", "1.png: cannot be read as a picture"),
