@@ -251,8 +251,8 @@ def _read_npz(path, test_only):
                             f"of {len(x)} images")
         outside = set(y.ravel().tolist()) - set(range(count))
         if outside:
-            raise DataError(f"{path}: y{key[1:]} has the label {min(outside)}; expected 0 to {count - 1}, each of "
-                            "them in y_train")
+            raise DataError(f"{path}: y{key[1:]} has the label {min(outside)}; labels count from 0: "
+                            f"expected 0 to {count - 1}, each of them in y_train")
         splits.append(_split(x, y.ravel().astype(np.int64)))
     train, test = (tuple(split.images.shape[1:]) for split in (splits[0], splits[-1]))
     classes = [str(each) for each in arrays.get("classes", range(count))]
@@ -637,7 +637,7 @@ def choose(dataset, names):
     unknown = set(names) - set(dataset.classes)
     if unknown or len(set(names)) < len(names):
         problem = f"no class {sorted(unknown)[0]!r}" if unknown else "a class twice"
-        raise DataError(f"{problem}; expected some of {dataset.name}'s: {','.join(dataset.classes)}")
+        raise DataError(f"{problem}; {dataset.name} has {','.join(dataset.classes)}")
     kept = [label for label, name in enumerate(dataset.classes) if name in names]
     number = torch.full((len(dataset.classes),), -1)
     number[kept] = torch.arange(len(kept))

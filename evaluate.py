@@ -466,7 +466,7 @@ def draw_reconstructions(model, dataset, s, folder, note=""):
     originals, rebuilt = data.to_pixels(images, s.scale), rebuild(model, inputs, s)
     noisy = [("with noise", data.to_pixels(inputs, s.scale))] if noise else []
     draw_sheet([("original", originals), *noisy, ("reconstruction", rebuilt)], names, folder / "recon.png",
-               f"{dataset.name}, test images and their reconstructions{note}")
+               f"{s.version} on {dataset.name}: test images and their reconstructions{note}")
 
     (folder / "recon").mkdir(exist_ok=True)
     for index, name, original, picture in zip(chosen, names, originals, rebuilt):
@@ -479,7 +479,7 @@ def draw_reconstructions(model, dataset, s, folder, note=""):
         jumbled = losses.jumble(inputs, s.jigsaw_grid, tiles.to(device))
         draw_sheet([("original", originals), ("jumbled", data.to_pixels(jumbled, s.scale)),
                     ("reconstruction", rebuild(model, jumbled, s))], names, folder / "jigsaw.png",
-                   f"{dataset.name}, test images rebuilt from jumbled tiles")
+                   f"{s.version} on {dataset.name}: test images rebuilt from jumbled tiles")
 
 
 def draw_synthetic(dataset, folder):
@@ -501,14 +501,15 @@ def draw_variational(model, dataset, s, folder):
         with autocast(device, s.precision):
             return data.to_pixels(model.eval().decoder(codes.to(device)), s.scale)
     rows = [("", decode(torch.randn(10, *model.code_shape, generator=generator))) for _ in range(6)]
-    draw_sheet(rows, [""] * 10, folder / "prior.png", "images decoded from draws of the prior")
+    draw_sheet(rows, [""] * 10, folder / "prior.png",
+               f"{s.version} on {dataset.name}: images decoded from draws of the prior")
     chosen = random_rows(dataset.test, 12)
     codes = encode(model, data.Split(*(tensor[chosen] for tensor in dataset.test)), s).cpu()
     steps = torch.linspace(0, 1, 10)[:, None]
     rows = [("", decode(one.lerp(other, steps))) for one, other in zip(codes[0::2], codes[1::2])]
     if rows:
         draw_sheet(rows, [f"{step:.2f}" for step in steps.flatten().tolist()], folder / "walk.png",
-                   f"{dataset.name}: from one test image's code to another's")
+                   f"{s.version} on {dataset.name}: codes in steps from one test image's (0) to another's (1)")
 
 
 def random_rows(split, count):
@@ -617,7 +618,7 @@ def finished(folder):
 
 
 def integer_axis(axis):
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
 def draw_curves(rows, path, title, smoothed=False):
@@ -629,6 +630,7 @@ def draw_curves(rows, path, title, smoothed=False):
     epochs = [row["epoch"] for row in rows]
     alone = sum(row["test_accuracy"] is None for row in rows)  # separate training's first part
     figure = Figure(figsize=(4.2 * len(panels), 4), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)  # inches
     axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (name, key, unit) in zip(axes[0], panels):
         for part, style, colour in (("train", "-", "C0"), ("test", "--", "C1")):
@@ -637,7 +639,8 @@ def draw_curves(rows, path, title, smoothed=False):
                 continue
             single = sum(value is not None for value in values) == 1
             label = part + " (smoothed labels)" * (smoothed and key == "classifier" and part == "train")
-            axis.plot(epochs, values, style, color=colour, label=label, marker="o" if single else None)
+            axis.plot(epochs, values, style, color=colour, label=label, marker="o" if single else None,
+                      markerfacecolor=colour if part == "train" else "white")
         if key == "accuracy":
             best = best_row(rows)
             axis.plot(best["epoch"], best["test_accuracy"], "k^", markersize=6,
@@ -899,11 +902,12 @@ def draw_comparison(groups, found, what, path):
         for axis, term in zip(parts[1].subplots(1, len(curves), squeeze=False)[0], curves):
             for i, (name, group) in enumerate(groups.items()):
                 draw_band(axis, group, term.name, name, f"C{i}", MARKERS[i])
-            axis.set(title=f"{term.name} loss", xlabel="epoch", ylabel=term.unit)
+            band = "" if all(len(group) == 1 for group in groups.values()) else " (mean; band: all runs)"
+            axis.set(title=f"{term.name} loss{band}", xlabel="epoch", ylabel=term.unit)
             integer_axis(axis)
             axis.grid(alpha=0.3)
         handles, labels = axis.get_legend_handles_labels()
-        parts[1].legend(handles, labels, fontsize=8, loc="outside lower center", ncols=2)
+        parts[1].legend(handles, labels, fontsize=8, loc="outside lower center", ncols=2, handlelength=4)
     save_figure(figure, path)
 
 
@@ -913,8 +917,9 @@ def draw_band(axis, group, key, name, colour, marker):
         count = min(len(run.rows) for run in group.values())
         curves = np.array([[run.rows[i].get(f"{part}_{key}") for i in range(count)] for run in group.values()], float)
         epochs = np.arange(1, count + 1)
-        axis.plot(epochs, curves.mean(0), style, color=colour, marker=marker, markersize=4,
-                  markevery=max(1, count // 8), label=f"{name}, {part}")
+        axis.plot(epochs, curves.mean(0), style, color=colour, marker=marker, markersize=5,
+                  markerfacecolor=colour if part == "train" else "white", markevery=max(1, count // 8),
+                  label=f"{name}, {part}")
         axis.fill_between(epochs, curves.min(0), curves.max(0), color=colour, alpha=0.15, linewidth=0)
 
 
@@ -1203,7 +1208,8 @@ def make_parser():
                         "with (the first), or SETTING=VALUE, such as beta=0: each group with the one that differs "
                         "from it in that setting alone")
     parser.add_argument("--images", nargs="+", metavar="PICTURE",
-                        help="classify and rebuild these pictures, instead of the test images")
+                        help="classify and rebuild these pictures, scaled and cropped about the "
+                        "centre to the network's size, instead of the test images")
     parser.add_argument("--knn", type=numbers, metavar="K[,K...]",
                         help="also classify by the k nearest training images, on codes and on raw pixels; of "
                         "several k the best on held-out training images")

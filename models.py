@@ -514,6 +514,7 @@ def build(version, in_shape=None, num_classes=10, **changes):
         lower_shape = _output_shape(encoder[:tap], version.in_shape) if version.skip else None
         with _default_named("classifier", name, version, changes):
             classifier = _classifier(version.classifier, num_classes, code_shape, lower_shape)
+        version = replace(version, classifier=re.sub(r"\d+(\D*)$", rf"{num_classes}\1", version.classifier))
         if version.pretrained:  # a backbone's own linear layers, where the shapes agree (VGG16's first two)
             for source, target in zip(_linears(head), _linears(classifier)):
                 if source.weight.shape == target.weight.shape:
@@ -723,15 +724,15 @@ def parameter_count(module):
 
 
 def print_versions():
-    print(f"{'version':<12}{'input':<10}{'code':<10}{'parameters':>12}{'MB':>8}{'M adds':>9}")
+    print(f"{'version':<12}{'input':<10}{'code':<10}{'parameters':>12}{'MB':>8}{'M mult-adds':>13}")
     for name, version in VERSIONS.items():
         with torch.device("meta"):  # shapes alone: no weights are made or read
             model = build(version, pretrained=False)
         count, adds = parameter_count(model), sum(row[4] for row in trace(model))
-        print(f"{name:<12}{_text(version.in_shape):<10}{_text(model.code_shape):<10}{count:>12,}"
-              f"{count * 4 / 1e6:>8.1f}{adds / 1e6:>9.1f}\n  {version.encoder} | {version.classifier}")
+        print(f"{name:<12}{_text(version.in_shape):<10}{_text(model.code_shape):<10}{count:>12,}{count * 4 / 1e6:>8.1f}"
+              f"{adds / 1e6:>13.1f}\n  {version.encoder} | {version.classifier or 'no classifier'}")
     print("The line below a version: encoder | classifier. MB: its weights in fp32.\n"
-          "M adds: millions of multiply-adds per image, decoder included.")
+          "M mult-adds: millions of multiply-adds per image, decoder included.")
 
 
 def print_layers(name):

@@ -26,6 +26,7 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -116,9 +117,9 @@ def shares(text):
     result = {}
     for part in text.split(","):
         name, _, value = part.rpartition("=")
+        if not name:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected CLASS=SHARE,..., such as bird=0.5,deer=0.5")
         result[name] = Number(float, 0, 1, above=True)(value)
-    if "" in result:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected CLASS=SHARE,..., such as bird=0.5,deer=0.5")
     return result
 
 
@@ -214,8 +215,8 @@ SETTINGS = {
         Setting("lr", 0.01, POSITIVE, "X", "learning rate"),
         Setting("momentum", 0.9, Number(float, 0, 1), "X", "momentum of sgd and muon"),
         Setting("weight_decay", 1e-4, Number(float, 0), "X", "the optimizer's weight decay"),
-        Setting("schedule", "step", ("step", "onecycle"), "", "of the learning rate: step (--lr-step), or onecycle: "
-                "from a fifth of --lr up to it in 0.23 of the steps, then down to 0"),
+        Setting("schedule", "step", ("step", "onecycle"), "", "schedule of the learning rate: step (--lr-step), or "
+                "onecycle: from a fifth of --lr up to it in 0.23 of the steps, then down to 0"),
         Setting("lr_step", 10, COUNT, "N", "epochs between two reductions of the learning rate"),
         Setting("lr_decay", 0.1, Number(float, 0, 1, above=True), "X", "factor of each reduction"),
         Setting("epochs", 40, COUNT, "N", "passes over the training images"),
@@ -227,9 +228,9 @@ SETTINGS = {
                 "default --weight-decay"),
         Setting("freeze_encoder", True, bool, "", "with --separate: the second part trains the classifier alone")],
     "run": [
-        Setting("name", None, folder_name, "NAME", "of the run's folder; by default the version and what "
+        Setting("name", None, folder_name, "NAME", "name of the run's folder; by default the version and what "
                 "differs from its recipe"),
-        Setting("seed", 0, Number(int, 0, 2**31), "N", "of weights, order, flips, shifts, crops, noise, dropout, "
+        Setting("seed", 0, Number(int, 0, 2**31), "N", "seed of weights, order, flips, shifts, crops, noise, dropout, "
                 "tiles and draws"),
         Setting("device", "auto", str, "NAME", "auto, cpu, cuda, cuda:1"),
         Setting("precision", "auto", ("auto", "bf16", "fp32"), "", "auto is bf16 where the hardware computes it")],
@@ -782,6 +783,12 @@ def located(dataset):
     return dataset if named else str(Path(dataset).resolve())
 
 
+def script(name, *words):
+    """A command line that runs a script of this project from the current folder."""
+    path = Path(__file__).with_name(name)
+    return shlex.join(["python", name if path.parent == Path.cwd() else str(path), *map(str, words)])
+
+
 def settle(given):
     """The run's settings, a Namespace, from the flags that were given (a dict) and the recipe. UsageError."""
     given = {key: value for key, value in given.items() if key not in ACTS}
@@ -1027,7 +1034,7 @@ def announce(s, dataset, model, folder):
                         if weight or flag in ("alpha", "beta"))
     print(f"epochs {s.epochs}, batch {s.batch_size}, {s.optimizer} lr {s.lr:g}, {weights}, seed {s.seed}")
     shown = ["noise", "rotate", "shift", "schedule", *["label_smoothing"] * evaluate.classifies(s)]
-    also = differences(s, {name: DEFAULTS[name] for name in shown})
+    also = [f"{name.replace('_', '-')} {getattr(s, name)}" for name in shown if getattr(s, name) != DEFAULTS[name]]
     if also:
         print(f"also: {', '.join(also)}")
     if s.separate:
@@ -1102,7 +1109,7 @@ def finish(rows, tested, model, dataset, s, folder):
         if "noisy_psnr" in metrics["reconstruction"]:
             print(f"the noisy input: PSNR {metrics['reconstruction']['noisy_psnr']:.2f} dB")
     files = sorted(each.name for each in folder.iterdir() if not each.name.startswith("."))
-    print(f"saved in {folder}: {' '.join(files)}\nnext: python evaluate.py --ckpt {folder / 'best.pt'}")
+    print(f"saved in {folder}: {' '.join(files)}\nnext: {script('evaluate.py', '--ckpt', folder / 'best.pt')}")
 
 
 class Result(NamedTuple):
@@ -1142,7 +1149,7 @@ def execute(given, command, output_file=None):
             if not rank:
                 finish(rows, tested, model, dataset, s, folder)
         except BaseException as error:
-            resume = "" if isinstance(error, Stopped) else f"; resume with: python train.py --resume {folder}"
+            resume = "" if isinstance(error, Stopped) else f"; resume with: {script('train.py', '--resume', folder)}"
             kept = f"; its completed epochs are in {folder}" if not rank and (folder / "last.pt").exists() else \
                 "; no epoch was completed"
             error.advice = f"{kept}{resume}" if not rank else ""
@@ -1263,6 +1270,19 @@ def epochs_done(output, s):
     return max(0, len((folder / "log.csv").read_text().splitlines()) - 1)
 
 
+@contextlib.contextmanager
+def sigint_blocked():
+    """Ctrl-C waits until the block ends, and never reaches a process that the block starts: its parent ends it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 def run_all(todo, output, jobs, threads):
     """Trains runs (pairs of flags and settings), `jobs` at once, each in a process of its own; prints a
     line as each ends. Returns the names of those that failed."""
@@ -1278,8 +1298,9 @@ def run_all(todo, output, jobs, threads):
                 (given, s), slot = waiting.pop(0), free.pop(0)
                 if gpus:
                     given = given | {"device": f"cuda:{slot % gpus}"}
-                process, file = start_child(context, given, s, output, threads)
-                running[process.sentinel] = process, file, s, slot, time.time()
+                with sigint_blocked():
+                    process, file = start_child(context, given, s, output, threads)
+                    running[process.sentinel] = process, file, s, slot, time.time()
             if sys.stdout.isatty():
                 show_state(todo, waiting, running, output, begun)
             for sentinel in multiprocessing.connection.wait(list(running), 2 if sys.stdout.isatty() else None):
@@ -1298,9 +1319,13 @@ def run_all(todo, output, jobs, threads):
                 print(f"{run_name(s)}: failed: {last} (status {process.exitcode}; its output is in {file})",
                       flush=True)
     except BaseException as error:
-        for process, *_ in running.values():
+        for process, file, *_ in running.values():
             process.terminate()
             process.join()
+            if file.parent == output:  # of a run that has no folder yet
+                file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty
+            output.rmdir()
         error.advice = "; the same command resumes the runs"
         raise
     return failed
@@ -1327,7 +1352,7 @@ def train_many(given, command):
     runs, output, against = plan(given)
     if given.get("list"):
         for each in runs:
-            print(shlex.join(["python", "train.py", *as_flags(each), "--seeds", "1", "--output", str(output)]))
+            print(script("train.py", *as_flags(each), "--seeds", "1", "--output", output))
         return 0
     for each in runs:
         each.setdefault("dataset", recipe(each.get("version", "v4"))["dataset"])  # no substitute among many
@@ -1345,8 +1370,8 @@ def train_many(given, command):
     elif todo:
         jobs, threads = jobs_and_threads(given, [s for _, s in pairs])
         evaluate.prepare_data(todo[0][1])  # one that is unavailable is an error now, not of each run
-        print(f"{len(todo)} runs, {jobs} at once with {threads} thread{'s' * (threads > 1)} each, into {output}",
-              flush=True)
+        print(f"{len(todo)} run{'s' * (len(todo) > 1)}, {jobs} at once with {threads} thread{'s' * (threads > 1)} "
+              f"each, into {output}", flush=True)
         output.mkdir(parents=True, exist_ok=True)
         with locked(output):
             failed = run_all(unfinished(pairs, output), output, jobs, threads)

@@ -980,7 +980,7 @@ def test_chosen_classes_are_renumbered():
     made = data.choose(whole, ["star", "ring"])
     assert made.classes == ["ring", "star"] and data.counts(made.train, 2) == [6, 6]
     assert torch.equal(made.test.images[made.test.labels == 1], whole.test.images[whole.test.labels == 4])
-    with pytest.raises(data.DataError, match="no class 'dog'; expected some of shapes's: circle"):
+    with pytest.raises(data.DataError, match="no class 'dog'; shapes has circle"):
         data.choose(whole, ["dog", "ring"])
 
 

@@ -320,7 +320,7 @@ def test_the_images_that_whiten_are_of_all_classes(monkeypatch):
 def test_every_setting_of_v5_is_one_of_v4_and_the_other_way_round(tiny, tmp_path, capsys):
     new = ["--schedule", "onecycle", "--shift", "1", "--label-smoothing", "0.1"]
     assert len(log(run(tiny, tmp_path, "--version", "v4", *new))) == 2
-    assert ("also: shift1, schedule-onecycle, label-smoothing0.1\n"
+    assert ("also: shift 1, schedule onecycle, label-smoothing 0.1\n"
             in capsys.readouterr().out)
     small = data.shapes(train=20, test=10, side=16)
     np.savez(tmp_path / "small.npz", x_train=small.train.images, y_train=small.train.labels, x_test=small.test.images,

@@ -141,7 +141,7 @@ TRAIN = [  # flags ({} is the folder of wrong things), a part of the answer
     ("--dataset {}/text.npz", "text.npz: cannot be read"),
     ("--dataset {}/file", "expected a folder"),
     ("--dataset {}/tiny.npz --classes ring,dog",
-     "--classes ring,dog: no class 'dog'; expected some of tiny's: circle,ring"),
+     "--classes ring,dog: no class 'dog'; tiny has circle,ring"),
     ("--version joint5 --dataset {}/tiny.npz", "--classes automobile,cat,dog,horse,truck: no class 'automobile'"),
     ("--dataset {}/tiny.npz --train-size 100", "--train-size: 100 images asked for; the set has 60"),
     ("--dataset {}/tiny.npz --test-size 31", "--test-size: 31"),
