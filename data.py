@@ -8,7 +8,7 @@
     dataset = load("cifar10", val_share=0.1, variant="smote", constrain={"bird": 0.5}).to("cuda")
 
 `python data.py --dataset NAME` prints a set's classes and counts and saves a sheet of samples. This
-file needs torch, torchvision and numpy.
+file needs torch, torchvision (with Pillow) and numpy, and matplotlib for the sheet.
 """
 import argparse
 import contextlib
@@ -546,7 +546,8 @@ SHAPES = list(OUTSIDE)
 def shapes(train=10_000, test=2_000, side=32, seed=7):
     """Ten classes of shapes in random colours, places, sizes and turns on textured backgrounds.
 
-    Drawn here, in about two seconds, and the same at every run. Returns a Dataset.
+    Drawn here, in about two seconds, and the same at every run. train, test: numbers of images; side: in pixels;
+    seed: of the drawing. Returns a Dataset of images (N, 3, side, side), labels 0 to 9 in turn.
     """
     g = torch.Generator().manual_seed(seed)
     n = train + test
@@ -837,7 +838,7 @@ def add_noise(images, std, generator, scale="imagenet"):
 
 
 def to_pixels(normalised, scale="imagenet"):
-    """The way back: normalised (B, C, H, W) of any float type to pixels of 0-1, clamped."""
+    """The inverse of `normalise`: (B, C, H, W) of any float type to pixels of 0-1, clamped."""
     _, c, h, w = normalised.shape
     return _affine(normalised, *_mean_std(c, h * w, normalised.device, scale)).clamp_(0, 1)
 

@@ -692,10 +692,10 @@ def difference_interval(values, reference):
 
 
 def verdict(interval):
-    """Whether a difference is an improvement: "yes" or "no" only where its interval excludes 0."""
+    """What a difference shows: "better" or "worse" only where its interval excludes 0."""
     if interval is None or abs(interval[0]) <= interval[1]:
         return "not shown"
-    return "yes" if interval[0] > 0 else "no"
+    return "better" if interval[0] > 0 else "worse"
 
 
 def collect(paths):
@@ -718,7 +718,7 @@ def collect(paths):
 
 
 def kind_of(settings, *ignored):
-    """What runs have in common that differ by chance alone, as a text to compare."""
+    """The settings of a run as JSON, without INCIDENTAL and `ignored`: equal for runs that repeat each other."""
     return json.dumps({key: value for key, value in settings.items()
                        if value is not None and value is not False and key not in (*INCIDENTAL, *ignored)},
                       sort_keys=True)
@@ -817,17 +817,17 @@ def table_row(name, groups, reference, found, asked):
     compared with, or None; found: their difference_interval; asked: whether the user named the reference."""
     row = {"run": name, "n": str(len(groups[name]))}
     row |= {title: spread(groups[name], *column) for title, *column in COLUMNS}
-    row |= {"difference": "", "better": "", "than": ""}
+    row |= {"difference": "", "result": "", "compared with": ""}
     if found:
         mean, half, paired = found
         row["difference"] = f"{mean:+.2f} ± {half:.2f}{'' if paired else ' (unpaired)'}"
-        row |= {"better": verdict(found), "than": reference}
+        row |= {"result": verdict(found), "compared with": reference}
     elif reference and asked:
-        row |= {"difference": "needs two runs of each", "than": reference}
+        row |= {"difference": "needs two runs of each", "compared with": reference}
     return row
 
 
-PRINTED = {"run", "n", "accuracy (%)", "PSNR (dB)", "difference", "better"}  # the others would not fit
+PRINTED = {"run", "n", "accuracy (%)", "PSNR (dB)", "difference", "result"}  # the others would not fit
 
 
 def compare(paths, output, against=None):
@@ -848,7 +848,8 @@ def compare(paths, output, against=None):
              "of a row, which differ in their seed alone."]
     if "difference" in columns:
         notes += [f"difference: in {what}, from {against or first};",
-                  "runs of the same seed paired, ± half the 95 % t interval."]
+                  "± half the 95 % t interval; runs of the same seed are paired. The intervals are",
+                  "not corrected for their number."]
     more = {"best (%)": f"best: the best epoch, chosen on {' or '.join(chosen)}.",
             "mirrored (%)": "mirrored: logits of each image and its mirror image averaged."}
     shown = {title: max(len(title), *(len(row[title]) for row in rows)) for title in columns if title in PRINTED}

@@ -48,7 +48,7 @@ def l2_reg_loss(parameters):
 
 def jigsaw_recon_loss(reconstruction, images):
     """Mean squared error between the reconstruction of jumbled images (see `jumble`) and the whole
-    images. Both (B, C, H, W), normalised. The CIFAR study's; it costs a pass of its own."""
+    images. Both (B, C, H, W), normalised. From the CIFAR study; needs a second forward pass."""
     return autoencoder_loss(reconstruction, images)
 
 
@@ -82,7 +82,7 @@ TERMS = {  # the flag: its term
     "delta": Term("jigsaw", jigsaw_recon_loss, ("jigsaw_reconstruction", "images"),
                   "MSE (normalised pixels)", "weight of the squared error of images rebuilt from jumbled tiles"),
     "kl": Term("kl", kl_loss, ("mean", "log_variance", "images"), "KL divergence per value (nats)",
-               "weight of a variational code's KL divergence; 2 s^2 for pixels of standard deviation s"),
+               "weight of a variational code's KL divergence; 2 s^2 for decoded pixels of standard deviation s"),
 }
 
 

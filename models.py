@@ -189,8 +189,9 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 
 
 class WhiteningConv2d(nn.Module):
-    """A fixed 2x2 convolution with a row and a column of repeated border: `whiten` sets its first filters (8 for grey
-    images, 24 for coloured ones) so that they decorrelate the pixels of a patch; the others stay random."""
+    """A fixed 2x2 convolution with a row and a column of repeated border: `whiten` sets its first filters (4 for grey
+    images, 12 for coloured ones) so that they decorrelate the pixels of a patch, and as many more to the negatives of
+    these; the others stay random."""
 
     def __init__(self, channels, n):
         super().__init__()
@@ -210,10 +211,12 @@ def patches(x):
 
 @torch.no_grad()
 def whiten(model, images):
-    """Sets the first filters of a model whose encoder begins with W(n) from normalised images (N, C, H, W): the
-    eigenvectors of the second moments of their 2x2 patches, each divided by its root mean square, and their negatives
-    (as in Jordan's airbench, 2024). Until then they are random."""
+    """Sets the first filters of an encoder that begins with W(n) from normalised images (N, C, H, W): the eigenvectors
+    of the second moments of their 2x2 patches, each divided by sqrt(eigenvalue + 5e-4), then the negatives of these
+    (as in Jordan's airbench, 2024). Until then they are random. Raises ValueError for another encoder."""
     layer, c = model.encoder[0], images.shape[1]
+    if not isinstance(layer, WhiteningConv2d):
+        raise ValueError(f"an encoder that begins with {type(layer).__name__}; expected one that begins with W(n)")
     rows = patches(images).flatten(0, 2).double()  # (N * H * W, 2 * 2 * C)
     values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
     filters = (vectors / (values.clamp(min=0) + 5e-4).sqrt()).T.flip(0)  # the largest variance first

@@ -21,6 +21,7 @@ import json
 import math
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import platform
 import re
@@ -53,7 +54,8 @@ class Muon(torch.optim.Optimizer):
     """SGD with Nesterov momentum in which the update of a matrix of weights is made nearly orthogonal (Jordan et al.
     2024, https://kellerjordan.github.io/posts/muon/), with decoupled weight decay. A convolution's weights count as a
     matrix with a row for each output channel (a transposed one's: for each input channel); biases and other vectors
-    learn as by SGD. A matrix learns at the same speed whatever the scale of its gradient."""
+    learn as by SGD with Nesterov momentum. The size of a matrix's update does not depend on the scale of its gradient.
+    Every parameter needs a gradient."""
 
     def __init__(self, parameters, lr, momentum, weight_decay):
         super().__init__(parameters, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -73,8 +75,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix):
-    """A matrix (M, N) with its singular values brought near 1: those above 0.013 of their norm come to 0.5 to 1.2, by
-    three steps of a Newton-Schulz iteration with Jordan's coefficients."""
+    """A matrix (M, N) with its singular values brought near 1, by three steps of a Newton-Schulz iteration with
+    Jordan's coefficients: those above 0.013 of the matrix's Frobenius norm come to 0.5 to 1.2, smaller ones stay
+    below."""
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonal(matrix.T).T
     x = matrix / (matrix.norm() + 1e-7)
@@ -173,7 +176,7 @@ SETTINGS = {
         Setting("pretrained", None, bool, "", "vgg, resnet, mobilenet, squeezenet: start from ImageNet weights")],
     "data": [
         Setting("dataset", "cifar10", str, "NAME|PATH", f"{' '.join(data.NAMES)} shapes, a folder of images or an "
-                ".npz; by default cifar10, or shapes where it is unavailable"),
+                ".npz; where cifar10 is the default and unavailable, shapes"),
         Setting("data_dir", "data", str, "DIR", "where named sets are, or are downloaded to"),
         Setting("size", None, Number(int, 1, 1024), "PIXELS", "scale the images to this side; by default their own"),
         Setting("margin", False, bool, "", "scale the images to 8/7 of --size, then crop to it, at random in "
@@ -188,8 +191,9 @@ SETTINGS = {
                 "choose the best epoch on it; with 0 it is chosen on the test images"),
         Setting("labels", None, COUNT, "N", "only N training images keep their labels; the loss terms that need no "
                 "labels use all images"),
-        Setting("variant", "complete", data.VARIANTS, "", "make the training set unequal (constrained), and equal "
-                "again"),
+        Setting("variant", "complete", data.VARIANTS, "", "constrained: keep only the shares of --constrain; "
+                "undersampled: then cut every class to the smallest; oversampled: then repeat images up to the "
+                "largest; smote: then add synthetic images up to it"),
         Setting("constrain", None, shares, "CLASS=X,...", "the share of a class's training images that --variant "
                 "keeps; by default bird=0.5,deer=0.5,truck=0.5"),
         Setting("blur", 0.0, Number(float, 0, 10), "SIGMA", "blur all images, train and test, by SIGMA pixels"),
@@ -210,8 +214,7 @@ SETTINGS = {
                 "the same")],
     "training": [
         Setting("optimizer", "sgd", tuple(OPTIMIZERS), "", "PyTorch's SGD, Adam or Adagrad; or Muon "
-                "(orthogonal updates of matrices: slow for small batches and wide linear layers; what one loss "
-                "alone trains learns as fast whatever its weight)"),
+                "(orthogonal updates of matrices: slow for small batches and wide linear layers)"),
         Setting("lr", 0.01, POSITIVE, "X", "learning rate"),
         Setting("momentum", 0.9, Number(float, 0, 1), "X", "momentum of sgd and muon"),
         Setting("weight_decay", 1e-4, Number(float, 0), "X", "the optimizer's weight decay"),
@@ -242,7 +245,8 @@ ACTIONS = {"output and several runs": [
             "it"),
     Setting("seeds", None, COUNT, "N", "train with N seeds, from --seed on; finished runs are not trained again"),
     Setting("sweep", None, str, "NAME", ""),  # its choices are the table below
-    Setting("jobs", None, COUNT, "J", "runs at once; by default as many as is fastest"),
+    Setting("jobs", None, COUNT, "J", "runs at once; by default one for each GPU or, without GPUs, for each CPU thread "
+            "(one in all from batches of 500 images on)"),
     Setting("list", False, bool, "", "print the commands of --sweep or --seeds, one a line, instead of running "
             "them")]}
 DEFAULTS = {row.name: row.default for rows in SETTINGS.values() for row in rows}
@@ -548,7 +552,7 @@ def train(model, dataset, s, folder, state=None):
             row, tested = measure_epoch(model, dataset, s, phase, epoch, trained, time.perf_counter() - start)
             row["lr"] = optimizer.param_groups[0]["lr"]
             if not all(weight.isfinite().all() for weight in model.state_dict().values()):
-                raise Stopped(f"epoch {epoch + 1}: weights are not finite after it; a smaller --lr may help")
+                raise Stopped(f"epoch {epoch + 1}: weights are not finite after this epoch; a smaller --lr may help")
             rows.append(row)
             if rank == 0:
                 print_row(row)
@@ -585,7 +589,7 @@ def measure_epoch(model, dataset, s, phase, epoch, trained, seconds):
     row |= {f"{part}_{key}": found[part].get(key) for part, keys in LOGGED.items() for key in keys()}
     for key, value in row.items():
         if value is not None and not math.isfinite(value):
-            raise Stopped(f"epoch {epoch + 1}: {key} is {value} after it; a smaller --lr may help")
+            raise Stopped(f"epoch {epoch + 1}: {key} is {value} after this epoch; a smaller --lr may help")
     return row | {"seconds": seconds, "images_per_second": len(dataset.train.labels) / seconds,
                   "test_seconds": time.perf_counter() - start}, tested
 
@@ -768,8 +772,7 @@ def locked(folder):
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UsageError(f"{folder}: another process is training here; wait until it has ended, or name "
-                                 "another --output") from None
+                raise UsageError(f"{folder}: another process is training here; wait until it has ended") from None
         yield
     finally:
         os.close(handle)
@@ -824,13 +827,14 @@ def check_network(s, given):
     if not (s.classifier or version.classifier):
         lacks["logits"] = f"{s.version} has no classifier; --classifier NOTATION adds one"
     if no_decoder:
-        lacks["reconstruction"] = "the network has no decoder; expected 0, or --decoder mirror"
+        lacks["reconstruction"] = "the network has no decoder; --decoder mirror adds one"
         lacks["jigsaw_reconstruction"] = lacks["reconstruction"]
     if "N(" not in (s.encoder or version.encoder):
         lacks["mean"] = "needs an encoder that ends in N(n)"
     for flag, weight in evaluate.loss_weights(s).items():
         for name in losses.needed({flag: weight}) & set(lacks):
-            raise UsageError(f"--{flag} {weight:g}: {lacks[name]}")
+            whose = "" if flag in given else f" (the recipe of {s.version})"
+            raise UsageError(f"--{flag} {weight:g}{whose}: {lacks[name]}; --{flag} 0 leaves the term out")
     if "classifier" in given and not evaluate.classifies(s):
         raise UsageError(f"--classifier {s.classifier}: is not trained with alpha 0; add --alpha 1")
     if s.skip and not evaluate.classifies(s):
@@ -848,6 +852,8 @@ def check_training(s, given):
                          "above 0, and a decoder")
     if s.separate and s.epochs < 2:
         raise UsageError(f"--epochs {s.epochs}: --separate has two parts; expected at least 2")
+    if s.labels and s.variant in ("oversampled", "smote"):
+        raise UsageError(f"--labels {s.labels}: expected a --variant that copies no image, not {s.variant}")
     for flag, needs, has in (
             ("freeze_encoder", "--separate", s.separate), ("first_share", "--separate", s.separate),
             ("first_decay", "--separate", s.separate), ("constrain", "--variant other than complete",
@@ -857,12 +863,12 @@ def check_training(s, given):
             ("lr_step", "--schedule step", s.schedule == "step"),
             ("lr_decay", "--schedule step", s.schedule == "step"),
             ("momentum", "--optimizer sgd or muon", OPTIMIZERS[s.optimizer].momentum),
-            ("labels", "a --variant that copies no image", s.variant not in ("oversampled", "smote")),
             ("margin", "--size", s.size), ("clean_test", "--noise above 0", s.noise),
             ("flip", "images that may be mirrored, unlike digits",
              not s.flip or s.dataset not in data.NEVER_FLIPPED)):
         if flag in given and not has:
-            raise UsageError(f"--{flag.replace('_', '-')}: has no effect without {needs}")
+            typed = f"no-{flag}" if given[flag] is False else flag
+            raise UsageError(f"--{typed.replace('_', '-')}: has no effect without {needs}")
 
 
 def resumable(model, state, s):
@@ -1060,7 +1066,7 @@ def keep_config(requested, s, dataset, model, folder, output, command):
         "data": hashlib.sha256(dataset.test.images[:100].cpu().numpy().tobytes()).hexdigest()[:16],
         "images_per_class": dict(zip(dataset.classes, data.counts(dataset.train, len(dataset.classes)))),
         "torch": torch.__version__, "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"
+        "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
         if device.type == "cpu" else torch.cuda.get_device_name(device), "git": git_commit(),
         "processes": evaluate.process()[1], "started": time.strftime("%Y-%m-%d %H:%M:%S")}
     if folder is None:
@@ -1070,8 +1076,11 @@ def keep_config(requested, s, dataset, model, folder, output, command):
     for key, name in (("classes", "classes"), ("images", "images"), ("image_shape", "image shape"),
                       ("data", "test images by their hash")):
         if key in first and config[key] != first[key]:
-            raise UsageError(f"--resume {folder}: the data set's {name} are {config[key]}; expected {first[key]}, as "
-                             "when the run began")
+            found, expected = (", ".join(map(str, value)) if isinstance(value, list) else
+                               ", ".join(f"{part} {count}" for part, count in value.items())
+                               if isinstance(value, dict) else value for value in (config[key], first[key]))
+            raise UsageError(f"--resume {folder}: the data set's {name} are {found}; expected {expected}, as when the "
+                             "run began")
     resumed = first.get("resumed", []) + [{key: config[key] for key in ("command", "git", "started")}]
     evaluate.write_json(folder / "config.json", config | {key: first[key] for key in ("command", "git", "started")}
                         | {"resumed": resumed})
@@ -1231,7 +1240,10 @@ def child(given, threads, output_file):
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(threads)
-    sys.stdout = sys.stderr = open(output_file, "a", buffering=1)
+    try:
+        sys.stdout = sys.stderr = open(output_file, "a", buffering=1)
+    except FileNotFoundError:  # the parent was interrupted while this process started, and has removed its folder
+        return
     with evaluate.errors("train.py"):
         execute(given, ["python", "train.py", *as_flags(given)], output_file)
 
@@ -1249,7 +1261,6 @@ def start_child(context, given, s, output, threads):
     folder = find_run(output, s)
     given = to_resume(given, s, folder) if folder else given | {"output": str(output)}
     file = folder / "output.txt" if folder else output / f".output-{os.getpid()}-{next(NUMBERS)}.txt"
-    file.touch()
     process = context.Process(target=child, args=(given, threads, file))
     process.start()
     return process, file
@@ -1270,26 +1281,16 @@ def epochs_done(output, s):
     return max(0, len((folder / "log.csv").read_text().splitlines()) - 1)
 
 
-@contextlib.contextmanager
-def sigint_blocked():
-    """Ctrl-C waits until the block ends, and never reaches a process that the block starts: its parent ends it."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-
 def run_all(todo, output, jobs, threads):
     """Trains runs (pairs of flags and settings), `jobs` at once, each in a process of its own; prints a
     line as each ends. Returns the names of those that failed."""
     linux = sys.platform == "linux"
     context = multiprocessing.get_context("forkserver" if linux else "spawn")
-    if linux:  # the imports are done once
+    if linux:  # the imports are done once, in a process that ignores Ctrl-C, as its children do: this one ends them
         context.set_forkserver_preload(["__main__", "torchvision.transforms.v2", "matplotlib.figure"])
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        multiprocessing.forkserver.ensure_running()
+        signal.signal(signal.SIGINT, handler)
     gpus = torch.cuda.device_count() if todo[0][1].device in ("auto", "cuda") else 0
     free, waiting, running, failed, begun = list(range(jobs)), list(todo), {}, [], time.time()
     try:
@@ -1298,9 +1299,8 @@ def run_all(todo, output, jobs, threads):
                 (given, s), slot = waiting.pop(0), free.pop(0)
                 if gpus:
                     given = given | {"device": f"cuda:{slot % gpus}"}
-                with sigint_blocked():
-                    process, file = start_child(context, given, s, output, threads)
-                    running[process.sentinel] = process, file, s, slot, time.time()
+                process, file = start_child(context, given, s, output, threads)
+                running[process.sentinel] = process, file, s, slot, time.time()
             if sys.stdout.isatty():
                 show_state(todo, waiting, running, output, begun)
             for sentinel in multiprocessing.connection.wait(list(running), 2 if sys.stdout.isatty() else None):
@@ -1313,7 +1313,7 @@ def run_all(todo, output, jobs, threads):
                     print(summary(folder, (time.time() - start) / 60), flush=True)
                     continue
                 file = folder / "output.txt" if folder and not file.exists() else file
-                lines = file.read_text().split("\n")
+                lines = file.read_text().split("\n") if file.exists() else []
                 failed.append(run_name(s))
                 last = next((line for line in reversed(lines) if line), "it printed nothing")
                 print(f"{run_name(s)}: failed: {last} (status {process.exitcode}; its output is in {file})",

@@ -702,10 +702,11 @@ def test_seeds_are_grouped_and_paired(compared, tmp_path):
     assert (first["run"], first["n"], second["run"], second["n"]) == ("v3", "3", "v3_lr0.5", "3")
     assert first["accuracy (%)"] == "52.00 ± 2.00" and second["accuracy (%)"] == "54.00 ± 3.00"
     half = 4.303 / math.sqrt(3)
-    assert (second["difference"], second["better"], second["than"]) == (f"+2.00 ± {half:.2f}", "not shown", "v3")
+    assert (second["difference"], second["result"]) == (f"+2.00 ± {half:.2f}", "not shown")
+    assert second["compared with"] == "v3"
     assert not first["difference"] and first["PSNR (dB)"].startswith("20.00")
     back, _ = compared(tmp_path / "runs", "--against", "v3_lr0.5")
-    assert (back["difference"], back["than"]) == (f"-2.00 ± {half:.2f}", "v3_lr0.5")
+    assert (back["difference"], back["compared with"]) == (f"-2.00 ± {half:.2f}", "v3_lr0.5")
 
 
 def test_runs_of_other_seeds_are_compared_unpaired(compared, tmp_path):
@@ -714,7 +715,7 @@ def test_runs_of_other_seeds_are_compared_unpaired(compared, tmp_path):
         write_run(tmp_path / f"runs/v4_seed{seed + 3}", 60.0 + seed, seed=seed + 3, version="v4")
     _, row = compared(tmp_path / "runs")
     # Welch: variances 1 and 1, so 4 degrees of freedom, t 2.776.
-    assert row["difference"] == f"+10.00 ± {2.776 * math.sqrt(2 / 3):.2f} (unpaired)" and row["better"] == "yes"
+    assert row["difference"] == f"+10.00 ± {2.776 * math.sqrt(2 / 3):.2f} (unpaired)" and row["result"] == "better"
 
 
 def test_against_a_setting_pairs_groups_that_differ_in_it_alone(compared, tmp_path, capsys):
@@ -725,9 +726,10 @@ def test_against_a_setting_pairs_groups_that_differ_in_it_alone(compared, tmp_pa
                       version=version, beta=0.0)
     write_run(tmp_path / "runs/v1_beta0_blur1", 40.0, version="v1", beta=0.0, blur=1.0)  # it differs in two settings
     rows = {row["run"]: row for row in compared(tmp_path / "runs", "--against", "beta=0")}
-    assert {name: row["than"] for name, row in rows.items() if row["than"]} == {"v1": "v1_beta0", "v2": "v2_beta0"}
-    assert rows["v1"]["difference"] == "+1.00 ± 0.00" and rows["v1"]["better"] == "yes"
-    assert rows["v2"]["difference"] == "-1.00 ± 0.00" and rows["v2"]["better"] == "no"
+    pairs = {name: row["compared with"] for name, row in rows.items() if row["compared with"]}
+    assert pairs == {"v1": "v1_beta0", "v2": "v2_beta0"}
+    assert rows["v1"]["difference"] == "+1.00 ± 0.00" and rows["v1"]["result"] == "better"
+    assert rows["v2"]["difference"] == "-1.00 ± 0.00" and rows["v2"]["result"] == "worse"
     for against, message in (("v5", "expected SETTING=VALUE or one"), ("siz=0", "siz is no setting of these runs"),
                              ("beta=7", "no two groups differ in beta alone, one of them with 7")):
         with pytest.raises(SystemExit) as end:
@@ -834,7 +836,7 @@ def test_intervals_by_hand():
 
 
 @pytest.mark.parametrize("interval, expected", [
-    ((2.0, 1.0, True), "yes"), ((-2.0, 1.0, False), "no"), ((1.0, 2.0, True), "not shown"),
+    ((2.0, 1.0, True), "better"), ((-2.0, 1.0, False), "worse"), ((1.0, 2.0, True), "not shown"),
     ((1.0, 1.0, True), "not shown"), ((-1.0, 1.0, True), "not shown"), ((0.0, 0.0, True), "not shown"),
     (None, "not shown")])
 def test_a_difference_is_shown_where_its_interval_excludes_zero(interval, expected):

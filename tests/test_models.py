@@ -332,6 +332,12 @@ def test_what_follows_whitening_gives_the_images(encoder):
     assert model(torch.randn(2, 3, 9, 9))[1].shape == (2, 3, 9, 9)
 
 
+def test_whitening_another_encoder_is_refused():
+    for version in ("v1", "v4"):
+        with pytest.raises(ValueError, match="expected one that begins with W"):
+            models.whiten(build(version), torch.zeros(2, 3, 32, 32))
+
+
 def test_whitening_alone_has_no_mirror():
     with pytest.raises(NotationError, match="token 1 'W.4.': has no mirror alone"):
         build(Version("W(4)>D(0.2)"))
@@ -369,7 +375,9 @@ def test_a_new_token_is_one_row_of_the_table(monkeypatch):
 
 
 def test_the_last_layer_follows_the_number_of_classes():
-    assert build("v4", num_classes=100)(torch.randn(2, 3, 32, 32))[0].shape == (2, 100)
+    model = build("v4", num_classes=100)
+    assert model(torch.randn(2, 3, 32, 32))[0].shape == (2, 100)
+    assert model.version.classifier == models.VERSIONS["v4"].classifier.replace("L'(10)", "L'(100)")
 
 
 # ---------------------------------------------------------------- standard networks, the modified one

@@ -335,6 +335,12 @@ def test_every_setting_of_v5_is_one_of_v4_and_the_other_way_round(tiny, tmp_path
     assert len(log(run(tiny, tmp_path, "--version", "v5-small", *old, "--delta", "0.1", "--labels", "20"))) == 2
 
 
+def test_in_each_half_of_separate_training_the_rate_rises_and_falls():
+    for phase in train.phases(Namespace(**train.recipe("v4") | dict(separate=True, schedule="onecycle", epochs=20))):
+        rates = [train.learning_rate(phase, phase.start + part * 10) for part in (0, 0.23, 1)]
+        assert rates == pytest.approx([0.002, 0.01, 0])
+
+
 def test_the_learning_rate_drops_in_steps():
     dataset, s, model, rates = shapes(8), settings(lr=0.5, lr_step=2, lr_decay=0.1), models.build("v3"), []
     optimizer = train.make_optimizer(model, s)
@@ -600,6 +606,63 @@ def test_the_best_epoch_is_chosen_on_held_out_images_where_there_are_any():
     for row in rows:
         row["val_accuracy"] = None
     assert evaluate.best_row(rows) is rows[1] and evaluate.chosen_on(rows) == "test"
+
+
+def test_the_held_out_images_are_measured_and_choose_the_best_epoch(tiny, tmp_path):
+    folder = run(tiny, tmp_path, "--version", "v3", "--val-share", "0.3", "--epochs", "4", "--lr", "0.05")
+    model, content = evaluate.load_checkpoint(folder / "best.pt")
+    s = content["settings"]
+    held_out = evaluate.measure(model, evaluate.prepare_data(s).val, s)
+    row = log(folder)[content["epoch"] - 1]
+    assert float(row["val_mse"]) == pytest.approx(held_out["mse"])
+    assert float(row["val_accuracy"]) == pytest.approx(held_out["accuracy"])
+    assert held_out["accuracy"] == pytest.approx(max(float(each["val_accuracy"]) for each in log(folder)))
+
+
+def test_the_test_loss_is_of_true_labels(tiny):
+    s = train.settle(dict(version="v3", dataset=tiny, label_smoothing=0.3, precision="fp32"))
+    split, model = evaluate.prepare_data(s).test, models.build("v3")
+    with torch.no_grad():
+        logits = model.eval()(data.normalise(split.images))[0]
+    assert evaluate.measure(model, split, s)["classifier"] == pytest.approx(
+        torch.nn.functional.cross_entropy(logits, split.labels).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("changes", [dict(rotate=20.0), dict(size=16, margin=True), dict(shift=3)])
+def test_the_loop_trains_on_changed_images(changes, steps):
+    """Rotated, cropped and moved as data.batches does it, in the order of the epoch's stream."""
+    s, dataset = settings(version="v3", epochs=1, batch_size=20, **changes), shapes(40)
+    epoch(models.build("v3", (3, s.size or 32, s.size or 32)), dataset, s)
+    names = {"rotate": "degrees", "shift": "shifts"}
+    expected = data.batches(dataset.train, 20, epoch_seed=train.stream(0, 0, "order"), flip=True,
+                            **{names.get(name, name): value for name, value in changes.items()})
+    for (tensors, _), (images, labels) in zip(steps, expected, strict=True):
+        assert torch.equal(tensors["images"], images) and torch.equal(tensors["labels"], labels)
+
+
+def test_a_loss_that_is_not_finite_stops_within_a_hundred_steps(steps, monkeypatch):
+    s, dataset = settings(version="v1", epochs=1, batch_size=2), shapes(500)
+    recorded = losses.weighted_loss
+
+    def broken(weights, **tensors):  # from the third step on
+        return recorded(weights, **tensors | {"logits": tensors["logits"] * (math.nan if len(steps) > 1 else 1.0)})
+    monkeypatch.setattr(losses, "weighted_loss", broken)
+    with pytest.raises(evaluate.Stopped, match="epoch 1, step 3: the classifier loss is nan"):
+        epoch(models.build("v1"), dataset, s)
+    assert len(steps) == 100
+
+
+def test_gamma_shrinks_the_weights_with_muon():
+    """Decoupled: of two equal networks the weights differ after a step by lr * gamma * weight."""
+    dataset, after = shapes(20), []
+    for gamma in (0.0, 0.1):
+        torch.manual_seed(0)
+        model, s = models.build("v3"), settings(version="v3", batch_size=20, optimizer="muon", gamma=gamma)
+        before = [p.detach().clone() for p in model.parameters()]
+        epoch(model, dataset, s)
+        after.append([p.detach() for p in model.parameters()])
+    for start, plain, decayed in zip(before, *after):
+        torch.testing.assert_close(plain - decayed, s.lr * 0.1 * start, rtol=1e-3, atol=1e-7)
 
 
 # ---------------------------------------------------------------- few labels
@@ -1289,6 +1352,25 @@ def test_the_listed_commands_are_the_runs(words, capsys):
         assert vars(found) == vars(s) and train.run_name(found) == train.run_name(s)
     names = [train.run_name(s) for s in expected]
     assert len(set(names)) == len(names)  # no two runs of a sweep are the same
+
+
+def test_the_sweeps_and_recipes_are_those_of_the_results():
+    """What the tables of README.md and RESULTS.md say of themselves."""
+    found = [(s["version"], s["beta"], s.get("blur", 0), s["epochs"], s["lr_step"]) for s in train.SWEEPS["help"].runs]
+    assert found == [(version, beta, blur, 12, 3) for version, blur in (
+        ("v1", 0), ("v2", 0), ("v3", 0), ("v4", 0), ("v4", 1)) for beta in (1, 0)]
+    found = [(s["version"], s["labels"], s["beta"], s["epochs"], s["lr_step"]) for s in train.SWEEPS["labels"].runs]
+    assert found == [("v4", count, beta, 12, 3) for count in (100, 1000, 10_000) for beta in (1, 0)]
+    assert len(train.SWEEPS["study"].runs) == 43
+    assert dict(version="v5-small", beta=0.0) in train.SWEEPS["ablation"].runs
+    study, v5, others = (train.recipe(version) for version in ("v2", "v5-small", "cnn"))
+    for usual, expected in (
+            (study, dict(optimizer="sgd", lr=0.01, momentum=0.9, weight_decay=1e-4, lr_step=10, lr_decay=0.1, epochs=40,
+                         batch_size=32, flip=True, alpha=1, beta=1, gamma=0, scale="imagenet")),
+            (v5, dict(optimizer="muon", lr=0.15, momentum=0.85, weight_decay=0, schedule="onecycle", epochs=6,
+                      batch_size=500, shift=2, label_smoothing=0.2, alpha=1, beta=1)),
+            (others, dict(optimizer="adam", lr=0.001, epochs=20, batch_size=100, flip=False, alpha=0, beta=1))):
+        assert {key: usual[key] for key in expected} == expected
 
 
 def test_a_sweep_of_seeds_is_named_and_numbered():
