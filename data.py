@@ -243,7 +243,7 @@ def _read_npz(path, test_only):
     splits, count = [], len(np.unique(arrays["y_train"]))
     for key in images:
         x, y = _channels_first(arrays[key]), arrays["y" + key[1:]]
-        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1] not in (1, 3):
+        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1] not in (1, 3) or 0 in x.shape[2:]:
             raise DataError(f"{path}: {key} is {x.dtype} of shape {arrays[key].shape}; expected uint8 (N, H, W), "
                             "(N, H, W, C) or (N, C, H, W), 1 or 3 channels")
         if y.dtype.kind not in "iu" or y.size != len(x) or not len(x):
@@ -259,6 +259,9 @@ def _read_npz(path, test_only):
     if train != test or len(classes) != count:
         raise DataError(f"{path}: x_train and x_test have images of {train} and {test}, classes {len(classes)} "
                         f"names; expected one shape and {count} names")
+    repeated = [name for name in classes if classes.count(name) > 1]
+    if repeated:
+        raise DataError(f"{path}: classes has the name {repeated[0]!r} more than once; expected {count} different names")
     return Dataset(path.stem, f"{path} (.npz)", classes, splits[0], splits[-1], named="classes" in arrays)
 
 
@@ -954,6 +957,9 @@ def main(argv):
         print(f"saved {path}", flush=True)
     except DataError as error:
         fail(error)
+    except KeyboardInterrupt:
+        print("data.py: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # of `python data.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:

@@ -570,6 +570,7 @@ class Run(NamedTuple):
     settings: dict  # of config.json
     rows: list      # of log.csv: dicts of floats, None where a cell is empty
     metrics: dict   # of metrics.json
+    origin: str     # its network and test images, as config.json names them: a row of VERSIONS or a file may change
 
 
 # Settings in which repetitions of one run may differ.
@@ -602,7 +603,10 @@ def read_run(folder):
         config, metrics = (json.loads((folder / name).read_text()) for name in ("config.json", "metrics.json"))
         if metrics["epochs"] != config["settings"]["epochs"] or "seed" not in config["settings"]:
             raise ValueError
-        return Run(folder.resolve(), config["settings"] | {"precision": config["precision"]}, rows, metrics)
+        drawn = config["settings"].get("test_size") or "drawn" in config.get("source", "")  # by the seed
+        images = None if drawn else config.get("hashes", {}).get("test")
+        origin = json.dumps([config.get("network"), images])
+        return Run(folder.resolve(), config["settings"] | {"precision": config["precision"]}, rows, metrics, origin)
     except (OSError, KeyError, ValueError, IndexError, TypeError) as error:
         raise UsageError(f"{folder}: not the folder of a finished run; expected config.json, log.csv and "
                          f"metrics.json ({getattr(error, 'strerror', None) or 'unreadable'})") from None
@@ -725,12 +729,12 @@ def kind_of(settings, *ignored):
 
 
 def group_runs(runs):
-    """{name: {seed: Run}}, runs that differ in their seed alone in one group. A name is the folder's, less
-    what all groups have in it; groups of one name are told apart by their parent folders. Of runs with
-    the same seed the last one counts."""
+    """{name: {seed: Run}}, runs of one network on one data set that differ in their seed alone in one group. A name is
+    the folder's, less what all groups have in it; groups of one name are told apart by their parent folders. Of runs
+    with the same seed the last one counts."""
     kinds = {}
     for run in runs:
-        seeds, seed = kinds.setdefault(kind_of(run.settings), {}), run.settings["seed"]
+        seeds, seed = kinds.setdefault((kind_of(run.settings), run.origin), {}), run.settings["seed"]
         if seed in seeds:
             print(f"evaluate.py: {seeds[seed].folder} is left out: {run.folder.name} repeats it", file=sys.stderr)
         seeds[seed] = run
@@ -794,13 +798,16 @@ def references(groups, against):
 
 
 def names_value(text, value):
-    """Whether a text names a setting's value: 0.20 is 0.2; a switch is yes or no."""
+    """Whether a text names a setting's value as its flag has it: 0.20 is 0.2; a switch is yes or no."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         try:
             return float(text) == value
         except ValueError:
             return False
-    return text == {"True": "yes", "False": "no"}.get(f"{value}", f"{value}")
+    if isinstance(value, dict):
+        value = [f"{name}={share:g}" for name, share in value.items()]
+    value = ",".join(value) if isinstance(value, list) else f"{value}"
+    return text == {"True": "yes", "False": "no"}.get(value, value)
 
 
 def differences(groups, pairs, key):
@@ -934,9 +941,8 @@ def draw_all(groups, path):
     at most eight groups have trained decoders on one data set, and that is available."""
     loaded = []
     for name, group in groups.items():
-        folder = next(iter(group.values())).folder
-        if (folder / "last.pt").exists():
-            loaded.append((name, *load_checkpoint(folder / "last.pt")))
+        with contextlib.suppress(UsageError, models.CheckpointError):  # missing, damaged, of another version
+            loaded.append((name, *load_checkpoint(next(iter(group.values())).folder / "last.pt")))
     views = {repr([getattr(content["settings"], name) for name in SHOWN]) for *_, content in loaded}
     path.unlink(missing_ok=True)
     if len(views) != 1 or len(loaded) != len(groups) or len(loaded) > 8 or any(
@@ -1153,7 +1159,8 @@ def evaluate(args):
         s.size = height if height == width else s.size  # pictures of other sizes are scaled
     if args.data_dir or not Path(s.data_dir).is_dir():
         s.data_dir = args.data_dir or "data"
-    if args.codes and (not Path(args.codes).parent.is_dir() or Path(args.codes).suffix != ".npz"):
+    if args.codes and (not Path(args.codes).parent.is_dir() or Path(args.codes).suffix != ".npz"
+                       or Path(args.codes).is_dir()):
         raise UsageError(f"--codes {args.codes}: expected a file named .npz to write in a folder that exists")
     model = model.to(device)
     of = f"-{file_name(Path(args.dataset).resolve().name)}" if args.dataset else ""
@@ -1173,8 +1180,11 @@ def evaluate(args):
         if args.knn and len(args.knn) > 1 and s.variant in ("oversampled", "smote"):
             raise UsageError(f"--knn {','.join(map(str, args.knn))}: the training set has copies of its images, on "
                              "which no k can be chosen; name one k")
-        if args.knn and max(args.knn) > count * (1 if len(args.knn) == 1 else 0.9):
-            raise UsageError(f"--knn {max(args.knn)}: more than the training images ({count:,})")
+        several = bool(args.knn) and len(args.knn) > 1
+        held_out = round(0.1 * count) if several else 0  # to choose k on
+        if args.knn and (max(args.knn) > count - held_out or several > held_out):
+            raise UsageError(f"--knn {','.join(map(str, args.knn))}: too few training images ({count:,}"
+                             f"{', of which a tenth is held out to choose k' * several})")
         folder.mkdir(parents=True, exist_ok=True)
         result = report(model, content, dataset, folder, args.knn)
         if args.codes:

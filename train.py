@@ -120,7 +120,7 @@ def shares(text):
     result = {}
     for part in text.split(","):
         name, _, value = part.rpartition("=")
-        if not name:
+        if not name or name in result:
             raise argparse.ArgumentTypeError(f"{text!r}: expected CLASS=SHARE,..., such as bird=0.5,deer=0.5")
         result[name] = Number(float, 0, 1, above=True)(value)
     return result
@@ -339,7 +339,7 @@ def phases(s):
     """The run's parts, each the settings that hold in it, with `start` and `end` (epochs from 0) and
     whether the encoder is `frozen`: one, or the two parts of separate training, as the CIFAR
     study's program has them: the autoencoder alone, then the classifier on its encoder; in each
-    part the schedule starts anew, and steps come twice as often."""
+    part the schedule starts anew, and the rate decays after half of lr_step epochs, rounded down."""
     whole = vars(s) | dict(start=0, end=s.epochs, frozen=False)
     if not s.separate:
         return [Namespace(**whole)]
@@ -741,17 +741,21 @@ def git_commit():
 
 
 def find_run(output, s):
-    """The folder in `output` of the run with exactly these settings, else None."""
-    def identity(settings):
-        return evaluate.kind_of(DEFAULTS | settings), settings["seed"]
-    found = []
+    """The folder in `output` of the run with exactly these settings and this network, else None."""
+    def identity(settings, network):  # a row of models.VERSIONS may have changed since the run
+        classifier = re.sub(r"\d+\D*$", "", network["classifier"] or "")  # less the data set's number of classes
+        return (evaluate.kind_of(DEFAULTS | settings), settings["seed"], classifier,
+                [network[key] for key in ("encoder", "decoder", "output", "he")])
+    version = models.VERSIONS.get(s.version) or models.Version(s.encoder)
+    wanted, found = identity(vars(s), vars(version) | network_changes(s)), []
     for path in sorted(Path(output).glob("[!.]*/config.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            settings = json.loads(path.read_text())["settings"]
+            config = json.loads(path.read_text())
+            settings = config["settings"]
             # A named set in another folder, where the run's own one is still there, is other data.
             before = settings["data_dir"]
             other = s.dataset in data.NAMES and s.data_dir != before and Path(before).is_dir()
-            if (identity(settings) == identity(vars(s)) and not other
+            if (identity(settings, config["network"]) == wanted and not other
                     and (not s.name or settings.get("name") == s.name)):
                 found.append(path.parent)
     return next(filter(evaluate.finished, found), found[0] if found else None)
@@ -871,6 +875,14 @@ def check_training(s, given):
             raise UsageError(f"--{typed.replace('_', '-')}: has no effect without {needs}")
 
 
+def measured(tested, classes, classified):
+    """Whether a dict is what evaluate.measure gives: numbers, and the confusion matrix where a classifier was there."""
+    confusion = tested.get("confusion", None if classified else [[0] * classes] * classes)
+    return (all(type(value) in (int, float) for name, value in tested.items() if name != "confusion")
+            and type(confusion) is list and len(confusion) == classes
+            and all(type(row) is list and [type(count) for count in row] == [int] * classes for row in confusion))
+
+
 def resumable(model, state, s):
     """Whether a checkpoint, which may come from anywhere, has the log and the optimizer's state of a run. Fills
     the log's rows up with terms that are newer than the run."""
@@ -885,6 +897,8 @@ def resumable(model, state, s):
         if any(type(row[key]) not in (int, float) for key in numbers) or any(
                 type(value) not in (int, float, type(None)) for value in row.values()):
             return False
+    if not measured(state["tested"], model.num_classes, rows[-1]["test_accuracy"] is not None):
+        return False
     state["rows"] = [dict.fromkeys(columns()) | row for row in rows]
     try:
         phase = next(phase for phase in phases(s) if len(rows) <= phase.end)
@@ -916,7 +930,7 @@ def reopen(given, folder):
         model, state = evaluate.load_checkpoint(path)
         if not resumable(model, state, s):
             raise UsageError(f"{path}: not a last.pt of train.py; expected what a run can resume from")
-    done = len(state["rows"]) if state else 0
+    done, total = len(state["rows"]) if state else 0, s.epochs
     given = {key: value for key, value in given.items() if key not in ACTS or key == "output"}
     if "dataset" in given:
         given["dataset"] = located(given["dataset"])
@@ -927,7 +941,7 @@ def reopen(given, folder):
     for key in ("epochs", "device", "data_dir", "dataset"):  # data that has moved: keep_config compares it
         setattr(s, key, given.get(key, getattr(s, key)))
     s.data_dir = str(Path(s.data_dir).resolve())
-    if s.epochs < done:
+    if s.epochs < done or s.epochs == done != total:
         raise UsageError(f"--epochs {s.epochs}: the run has completed {done} epochs; expected more")
     if s.epochs == done and evaluate.finished(folder):
         raise UsageError(f"--resume {folder}: all {done} of its epochs are done; --epochs N lengthens it")
@@ -978,6 +992,9 @@ def prepare(s, model=None):
         torch.use_deterministic_algorithms(True, warn_only=True)
     with first_process_first():
         dataset = evaluate.prepare_data(s)
+    if s.test_share != DEFAULTS["test_share"] and "drawn for the test" not in dataset.source:
+        raise UsageError(f"--test-share {s.test_share:g}: has no effect on {dataset.name}, which has test images of "
+                         "its own; leave it out")
     channels, *sides = dataset.train.images.shape[1:]
     if s.size:
         sides = [s.size, s.size]
@@ -1010,16 +1027,19 @@ def prepare(s, model=None):
     return dataset.to(device), model.to(device, memory_format=torch.channels_last)
 
 
-def build(s, in_shape, num_classes):
-    """The network of the settings, its weights from the seed."""
+def network_changes(s):
+    """What the settings change of their version: arguments of models.build."""
     changes = {key: getattr(s, key) for key in ("encoder", "classifier", "skip", "pretrained", "decoder")
                if getattr(s, key) is not None}
-    if s.decoder == "none":
-        changes["decoder"] = None
+    return changes | ({"decoder": None} if s.decoder == "none" else {})
+
+
+def build(s, in_shape, num_classes):
+    """The network of the settings, its weights from the seed."""
     torch.manual_seed(s.seed)
     with first_process_first():
         return models.build(models.Version(s.encoder) if s.version == "custom" else s.version, in_shape, num_classes,
-                            **changes)
+                            **network_changes(s))
 
 
 def announce(s, dataset, model, folder):
@@ -1047,10 +1067,17 @@ def announce(s, dataset, model, folder):
         first = phases(s)[0].end
         print(f"epochs 1 to {first}: the autoencoder alone; {first + 1} to {s.epochs}: the classifier on its "
               f"{'frozen ' * s.freeze_encoder}encoder; in each part the learning rate "
-              + (f"decays every {phases(s)[0].lr_step} epochs" if s.schedule == "step" else "rises and falls"))
+              + (f"decays after every {phases(s)[0].lr_step} of its epochs" if s.schedule == "step" else
+                 "rises and falls"))
     processes = evaluate.process()[1]
     print(f"on {dataset.train.images.device} in {s.precision}" + f", {processes} processes" * (processes > 1)
           + f", into {folder}\n", flush=True)
+
+
+def fingerprint(split):
+    """A hash of a Split's labels and first hundred images, which tells data sets apart."""
+    parts = split.images[:100].cpu().numpy().tobytes(), split.labels.cpu().numpy().tobytes()
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def keep_config(requested, s, dataset, model, folder, output, command):
@@ -1063,7 +1090,7 @@ def keep_config(requested, s, dataset, model, folder, output, command):
         "source": dataset.source, "classes": dataset.classes,
         "images": {"train": len(dataset.train.labels), "test": len(dataset.test.labels)},
         "image_shape": list(dataset.train.images.shape[1:]),
-        "data": hashlib.sha256(dataset.test.images[:100].cpu().numpy().tobytes()).hexdigest()[:16],
+        "hashes": {"train": fingerprint(dataset.train), "test": fingerprint(dataset.test)},
         "images_per_class": dict(zip(dataset.classes, data.counts(dataset.train, len(dataset.classes)))),
         "torch": torch.__version__, "python": platform.python_version(),
         "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
@@ -1074,7 +1101,7 @@ def keep_config(requested, s, dataset, model, folder, output, command):
     first = json.loads((folder / "config.json").read_text())
     config["settings"] = settings = settings | {"precision": first["settings"]["precision"]}  # "auto", as asked for
     for key, name in (("classes", "classes"), ("images", "images"), ("image_shape", "image shape"),
-                      ("data", "test images by their hash")):
+                      ("hashes", "images and labels by their hashes")):
         if key in first and config[key] != first[key]:
             found, expected = (", ".join(map(str, value)) if isinstance(value, list) else
                                ", ".join(f"{part} {count}" for part, count in value.items())
@@ -1206,10 +1233,15 @@ def plan(given):
                 raise UsageError(f"--{flag.replace('_', '-')}: the sweep {sweep} varies it itself; leave it out")
         if common.get("schedule", "step") != "step":
             runs = [{key: value for key, value in run.items() if key != "lr_step"} for run in runs]
-        usual, first = (settle({"dataset": "cifar10"} | run) for run in (SWEEPS[sweep].runs[0], runs[0] | common))
-        parts = differences(first, {key: vars(usual)[key] for key in DEFAULTS if key in common and key != "seed"})
+        parts = {}  # what the flags change of any run, in order
+        for run, changed in zip(SWEEPS[sweep].runs, runs):
+            usual, s = (vars(settle({"dataset": "cifar10"} | each)) for each in (run, changed | common))
+            usual = {key: usual[key] for key in DEFAULTS if key in common and key != "seed"}
+            parts |= dict.fromkeys(differences(Namespace(**s), usual))
         output = output / "_".join([f"sweep-{sweep}", *parts])
     seeds = range(common.get("seed", 0), common.get("seed", 0) + given.get("seeds", 1))
+    if seeds[-1] > 2**31:
+        raise UsageError(f"--seeds {len(seeds)}: the last seed would be {seeds[-1]}; expected at most {2**31}")
     return [run | common | {"seed": seed} for run in runs for seed in seeds], output, against
 
 
@@ -1350,14 +1382,17 @@ def unfinished(pairs, output):
 def train_many(given, command):
     """Trains or lists the runs of --sweep and --seeds, and compares them. Returns the exit status."""
     runs, output, against = plan(given)
+    pairs = [(each, settle({"dataset": recipe(each.get("version", "v4"))["dataset"]} | each)) for each in runs]
     if given.get("list"):
         for each in runs:
             print(script("train.py", *as_flags(each), "--seeds", "1", "--output", output))
         return 0
     for each in runs:
         each.setdefault("dataset", recipe(each.get("version", "v4"))["dataset"])  # no substitute among many
-    pairs = [(each, settle(each)) for each in runs]
     rank, processes = evaluate.process()
+    if processes > 1 and "jobs" in given:
+        raise UsageError(f"--jobs {given['jobs']}: has no effect under torchrun, which trains one run after another; "
+                         "leave it out")
     todo, failed = unfinished(pairs, output), []
     if len(todo) < len(pairs) and not rank:
         print(f"{len(pairs) - len(todo)} of {len(pairs)} runs are finished already, in {output}")
@@ -1374,7 +1409,8 @@ def train_many(given, command):
               f"each, into {output}", flush=True)
         output.mkdir(parents=True, exist_ok=True)
         with locked(output):
-            failed = run_all(unfinished(pairs, output), output, jobs, threads)
+            todo = unfinished(pairs, output)  # another process may have trained them meanwhile
+            failed = run_all(todo, output, jobs, threads) if todo else []
     if rank or len(pairs) == 1:
         return 0
     if failed:

@@ -663,11 +663,32 @@ def test_the_picture_shows_the_differences(tmp_path, monkeypatch):
     assert difference.get_xlabel() == "accuracy (%): difference from v3"
 
 
+@pytest.mark.parametrize("differs", ["network", "hashes"])
+def test_runs_of_another_network_or_data_set_are_another_group(differs, tmp_path):
+    """Where a row of VERSIONS or the files of a data set have changed, the settings are the same."""
+    for seed in range(2):
+        folder = write_run(tmp_path / f"v3_seed{seed}", 50.0, seed=seed)
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"network": {"encoder": "C(8)"}, "hashes": {"train": f"{seed}", "test": "0"}}
+        (folder / "config.json").write_text(json.dumps(config))
+    assert len(evaluate.group_runs(evaluate.collect([tmp_path]))) == 1
+    config[differs] = {"network": {"encoder": "C(9)"}, "hashes": {"train": "0", "test": "1"}}[differs]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert len(evaluate.group_runs(evaluate.collect([tmp_path]))) == 2
+
+
+def test_a_comparison_does_without_a_damaged_checkpoint(trained, compared, tmp_path):
+    for name in ("v3", "v3_lr0.5"):
+        (write_run(tmp_path / name, 50.0, lr=len(name)) / "last.pt").write_bytes(b"damaged")
+    assert len(compared(tmp_path / "v3", tmp_path / "v3_lr0.5")) == 2
+    assert not (tmp_path / "comparison/sheet.png").exists()
+
+
 def test_seeds_that_draw_other_test_images_are_one_group(compared, tmp_path):
     for seed in range(2):
         folder = write_run(tmp_path / f"runs/v3_seed{seed}", 50.0 + seed, seed=seed, test_size=10)
         config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"data": f"{seed}"}))  # the hash of the images
+        (folder / "config.json").write_text(json.dumps(config | {"hashes": {"train": f"{seed}", "test": f"{seed}"}}))
     row, = compared(tmp_path / "runs")
     assert row["n"] == "2"
 
@@ -735,6 +756,13 @@ def test_against_a_setting_pairs_groups_that_differ_in_it_alone(compared, tmp_pa
         with pytest.raises(SystemExit) as end:
             evaluate.main(["--compare", str(tmp_path / "runs"), "--against", against])
         assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text, value, same", [
+    ("ring,star", ["ring", "star"], True), ("ring", ["ring", "star"], False), ("a=0.5,b=1", {"a": 0.5, "b": 1.0}, True),
+    ("a=0.4", {"a": 0.5}, False), ("0.20", 0.2, True), ("no", False, True), ("0", False, False), ("v4", "v4", True)])
+def test_a_settings_value_as_its_flag_has_it(text, value, same):
+    assert evaluate.names_value(text, value) == same
 
 
 @pytest.mark.parametrize("against", ["label-smoothing=0.0", "label_smoothing=0", "skip=no", "class-weights=None"])

@@ -78,6 +78,12 @@ def config_of(folder):
     return json.loads((folder / "config.json").read_text())
 
 
+def config_for(s):
+    """What of a run's config.json says which run it is."""
+    version = models.VERSIONS.get(s.version) or models.Version(s.encoder)
+    return {"settings": vars(s), "network": vars(version) | train.network_changes(s)}
+
+
 def log(folder):
     with open(folder / "log.csv", newline="") as file:
         return list(csv.DictReader(file))
@@ -1107,7 +1113,9 @@ def test_a_run_whose_lengthening_was_interrupted_is_not_finished(tiny, tmp_path,
 
 @pytest.mark.parametrize("what, change", [
     ("classes", lambda arrays: arrays | {"classes": arrays["classes"][::-1]}),
-    ("test images by their hash", lambda arrays: arrays | {"x_test": arrays["x_test"] ^ 1}),
+    ("images and labels by their hashes", lambda arrays: arrays | {"x_test": arrays["x_test"] ^ 1}),
+    ("images and labels by their hashes", lambda arrays: arrays | {"x_train": arrays["x_train"] ^ 1}),
+    ("images and labels by their hashes", lambda arrays: arrays | {"y_train": arrays["y_train"][::-1]}),
     ("images", lambda arrays: arrays | {key: arrays[key][:-1] for key in ("x_train", "y_train")}),
     ("image shape", lambda arrays: arrays | {key: arrays[key][..., :28, :28] for key in ("x_train", "x_test")})])
 def test_a_run_resumes_on_its_own_data_alone(what, change, tiny, tmp_path, capsys):
@@ -1204,6 +1212,15 @@ def test_a_folder_named_shapes_does_not_hide_the_set(tmp_path, monkeypatch):
     assert train.reopen({"resume": str(folder), "dataset": "shapes"}, folder)[0].dataset == "shapes"
 
 
+def test_an_interrupted_run_is_not_shortened_to_what_it_has(tiny, tmp_path, capsys):
+    """Its last measurement is not that of a last epoch: it has no accuracy of mirrored images."""
+    folder = run(tiny, tmp_path, "--version", "v3")
+    config = config_of(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"settings": config["settings"] | {"epochs": 5}}))
+    assert fails("--resume", folder, "--epochs", "2") == 2
+    assert "--epochs 2: the run has completed 2 epochs; expected more" in capsys.readouterr().err
+
+
 def test_settings_unknown_to_an_old_run_take_their_default(tiny, tmp_path):
     """A run of an earlier version of this program, whose config.json has fewer settings."""
     first, old = (run(tiny, tmp_path / name, "--version", "vae", "--rotate", "5") for name in ("first", "old"))
@@ -1259,7 +1276,7 @@ def test_find_run_needs_every_setting_equal(tmp_path, monkeypatch):
     for command in commands:
         s = train.settle(train.parse(command))
         assert train.find_run(tmp_path / "out", s) is None
-        folders.append(train.make_folder(tmp_path / "out", train.run_name(s), {"settings": vars(s)}))
+        folders.append(train.make_folder(tmp_path / "out", train.run_name(s), config_for(s)))
     assert len(set(folders)) == len(commands)
     assert (folders[0].name, folders[1].name) == ("v4_dataset-set", "v4_dataset-set_run2")
     assert len(folders[6].name) == len(folders[5].name) == 120
@@ -1270,7 +1287,7 @@ def test_find_run_needs_every_setting_equal(tmp_path, monkeypatch):
         s.name = "other"
         assert train.find_run("out", s) is None
     s = train.settle(train.parse(["--version", "v2", "--dataset", "shapes", "--name", "mine"]))
-    named = train.make_folder("out", train.run_name(s), {"settings": vars(s)})
+    named = train.make_folder("out", train.run_name(s), config_for(s))
     assert train.find_run("out", s) == named
     s.name = None
     assert train.find_run("out", s) == named
@@ -1278,10 +1295,19 @@ def test_find_run_needs_every_setting_equal(tmp_path, monkeypatch):
     assert train.find_run("out", train.settle(train.parse(commands[-1]))) is None
 
 
+def test_a_run_of_a_version_whose_row_has_changed_is_another_run(tiny, tmp_path, monkeypatch):
+    s = train.settle(dict(version="v3", dataset=tiny, epochs=2))
+    folder = run(tiny, tmp_path, "--version", "v3")
+    assert train.find_run(tmp_path, s) == folder
+    assert config_of(folder)["network"]["classifier"] == "C'(64)>L'(10)"
+    monkeypatch.setitem(models.VERSIONS, "v3", models.Version("C(8)", "L'(10)"))
+    assert train.find_run(tmp_path, s) is None
+
+
 def test_a_folder_that_a_killed_process_left_half_made_is_no_run(tmp_path):
     """It has its config.json, but not yet its name."""
     s = train.settle({"version": "v3", "dataset": "shapes"})
-    folder = train.make_folder(tmp_path, "v3", {"settings": vars(s)})
+    folder = train.make_folder(tmp_path, "v3", config_for(s))
     folder.rename(tmp_path / ".v3.12345")
     assert train.find_run(tmp_path, s) is None
 
@@ -1373,6 +1399,14 @@ def test_the_sweeps_and_recipes_are_those_of_the_results():
         assert {key: usual[key] for key in expected} == expected
 
 
+def test_a_sweeps_folder_says_what_changes_any_of_its_runs():
+    """Gamma 0 is v1's recipe, not v4's."""
+    for words, name in (
+            ("--sweep help", "sweep-help"), ("--sweep help --gamma 0", "sweep-help_gamma0"),
+            ("--sweep labels --gamma 0.001", "sweep-labels"), ("--sweep kind --lr 0.5", "sweep-kind_lr0.5")):
+        assert train.plan(train.parse(words.split()))[1] == Path("outputs", name)
+
+
 def test_a_sweep_of_seeds_is_named_and_numbered():
     orders = ["--dataset shapes --epochs 3 --size 24", "--size 24 --epochs 3 --dataset shapes"]
     for order in orders:  # in the order of the table, whatever that of the flags
@@ -1423,7 +1457,7 @@ def test_the_state_of_many_runs_is_one_line(tmp_path, monkeypatch, capsys):
     runs = [({}, settings(version="v3", dataset="shapes", precision="auto", epochs=10, seed=seed))
             for seed in range(4)]
     s = runs[1][1]
-    folder = train.make_folder(tmp_path, train.run_name(s), {"settings": vars(s)})
+    folder = train.make_folder(tmp_path, train.run_name(s), config_for(s))
     (folder / "log.csv").write_text("epoch\n" + "1\n" * 5)
     running = {0: (None, None, s, 0, 0)}
     monkeypatch.setattr(train.time, "time", lambda: 1000.0)
@@ -1570,6 +1604,18 @@ def test_a_comparison_whose_reference_failed_compares_the_others(pair, tiny, tmp
     printed, error = capsys.readouterr()
     assert "2 of 4 runs failed: v3_dataset-tiny_beta0_epochs2 v3_dataset-tiny_beta0_epochs2_seed1" in error
     assert "--against" not in error and "\nrun  " in printed and table(folder)[2][1] == "2"
+
+
+def test_runs_that_another_process_finished_meanwhile_are_compared(pair, tmp_path, monkeypatch, capsys):
+    """Between the first look and the lock."""
+    flags, out = pair
+    for folder in out.glob("v3*"):
+        shutil.copytree(folder, tmp_path / folder.name)
+    looks = iter([lambda pairs, output: pairs, train.unfinished])
+    monkeypatch.setattr(train, "unfinished", lambda *args: next(looks)(*args))
+    monkeypatch.setattr(train, "run_all", lambda *_: pytest.fail("nothing was left to train"))
+    assert train.main([*flags, "--seeds", "2", "--output", str(tmp_path)]) == 0
+    assert "\nrun  " in capsys.readouterr().out
 
 
 def test_a_second_start_beside_a_running_one_is_refused(pair, tiny, tmp_path, monkeypatch, capsys):

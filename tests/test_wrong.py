@@ -36,6 +36,9 @@ def place(trained, tmp_path_factory):
     np.savez(root / "float.npz", **arrays | {"x_train": arrays["x_train"] / 255})
     np.savez(root / "object.npz", **arrays | {"y_train": np.array([{}] * 60, dtype=object)})
     np.savez(root / "names.npz", **arrays | {"classes": np.array([*data.SHAPES[:-1], "dog"])})
+    np.savez(root / "twice.npz", **arrays | {"classes": np.array([*data.SHAPES[:-1], data.SHAPES[0]])})
+    flat = np.zeros((2, 0, 5), np.uint8)
+    np.savez(root / "flat.npz", x_train=flat, y_train=np.arange(2), x_test=flat, y_test=np.arange(2))
     np.savez(root / "two.npz", x_train=SQUARE, y_train=np.arange(2), x_test=SQUARE, y_test=np.arange(2))
     np.savez(root / "grey.npz", x_train=np.zeros((10, 32, 32), np.uint8), y_train=np.arange(10),
              x_test=np.zeros((10, 32, 32), np.uint8), y_test=np.arange(10))
@@ -150,6 +153,12 @@ TRAIN = [  # flags ({} is the folder of wrong things), a part of the answer
     ("--dataset {}/tiny.npz --labels 61", "--labels: 61 images asked for; the set has 60"),
     ("--val-share 1", "'1': expected a number of at least 0, at most 0.9"),
     ("--test-share 0", "'0': expected a number of at least 0.01, at most 0.9"),
+    ("--dataset {}/tiny.npz --test-share 0.5", "--test-share 0.5: has no effect on tiny, which has test images of its"),
+    ("--seeds 2 --seed 2147483648", "--seeds 2: the last seed would be 2147483649; expected at most 2147483648"),
+    ("--seeds 2 --list --labels 5 --alpha 0", "--labels: has no effect without --alpha above 0"),
+    ("--variant constrained --constrain ring=0.5,ring=0.1", "expected CLASS=SHARE,..., such as bird=0.5"),
+    ("--dataset {}/twice.npz", "classes has the name 'circle' more than once; expected 10 different names"),
+    ("--dataset {}/flat.npz", "x_train is uint8 of shape (2, 0, 5); expected uint8 (N, H, W)"),
     ("--variant smoted", "invalid choice: 'smoted'"),
     ("--dataset {}/tiny.npz --variant constrained", "such as --constrain circle=0.5"),
     ("--dataset {}/tiny.npz --variant smote --constrain dog=0.5", "--variant smote: no class 'dog'"),
@@ -244,7 +253,8 @@ TRAIN = [  # flags ({} is the folder of wrong things), a part of the answer
     ("--resume {}/run --epochs 1", "--epochs 1: the run has completed 2 epochs"),
     ("--resume {}/run --epochs 3 --lr 0.5", "--lr 0.5: a run resumes with its own settings, here 0.01"),
     ("--resume {}/run --epochs 3 --version v4", "--version v4: a run resumes with its own settings, here v3"),
-    ("--resume {}/run --epochs 3 --dataset shapes", "the data set's images are train 10000, test 20; expected train 60"),
+    ("--resume {}/run --epochs 3 --dataset shapes",
+     "the data set's images are train 10000, test 20; expected train 60"),
     ("--resume {}/run --epochs 3 --separate", "--separate True: a run resumes with its own settings"),
     ("--resume {}/run --epochs 3 --output {}/empty", "empty: a run resumes with its own settings"),
     ("--resume {}/run --epochs 3 --device warp", "--device warp: unavailable"),
@@ -273,8 +283,8 @@ EVALUATE = [
     ("--ckpt {}/run/best.pt --knm 5", "unrecognized arguments: --knm 5"),
     ("--ckpt {}/run/best.pt --knn 0", "'0': expected whole numbers"),
     ("--ckpt {}/run/best.pt --knn 1,x", "'1,x': expected whole numbers"),
-    ("--ckpt {}/run/best.pt --knn 61", "--knn 61: more than the training images (60)"),
-    ("--ckpt {}/run/best.pt --knn 1,55", "--knn 55: more than the training images (60)"),
+    ("--ckpt {}/run/best.pt --knn 61", "--knn 61: too few training images (60)"),
+    ("--ckpt {}/run/best.pt --knn 1,55", "--knn 1,55: too few training images (60, of which a tenth"),
     ("--ckpt {}/run/best.pt --anomaly ring", "the checkpoint was trained with that class; train one without it"),
     ("--ckpt {}/run/best.pt --anomaly dog", "--anomaly dog: no class 'dog'"),
     ("--ckpt {}/no-decoder.pt --anomaly dog", "--anomaly dog: the checkpoint's decoder is not trained (beta 0)"),
@@ -474,6 +484,8 @@ def unresumable(good):
         "rows-empty": content | {"rows": []},
         "other-rows": content | {"rows": [{"epoch": 1}, {"epoch": 2}]}, "rows-of-text": content | {
             "rows": [row | {"lr": "fast"} for row in content["rows"]]},
+        "tested-empty": content | {"tested": {}}, "tested-text": content | {"tested": content["tested"] | {"mse": "x"}},
+        "confusion-cut": content | {"tested": content["tested"] | {"confusion": content["tested"]["confusion"][1:]}},
         "no-optimizer": content | {"optimizer": {}}, "optimizer-list": content | {"optimizer": [1]},
         "other-optimizer": content | {"optimizer": torch.optim.SGD([torch.zeros(1)]).state_dict()}}
 
