@@ -261,7 +261,8 @@ def _read_npz(path, test_only):
                         f"names; expected one shape and {count} names")
     repeated = [name for name in classes if classes.count(name) > 1]
     if repeated:
-        raise DataError(f"{path}: classes has the name {repeated[0]!r} more than once; expected {count} different names")
+        raise DataError(f"{path}: classes has the name {repeated[0]!r} more than once; expected {count} different "
+                        "names")
     return Dataset(path.stem, f"{path} (.npz)", classes, splits[0], splits[-1], named="classes" in arrays)
 
 

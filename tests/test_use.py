@@ -1,5 +1,6 @@
 """The files in use elsewhere: copied alone, imported, called from Python, their output closed."""
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -45,6 +46,21 @@ def test_a_file_copied_alone_works(name, folder, python):
     done = python(folder / "use.py", folder=folder)
     assert (done.status, done.err) == (0, "")
     assert done.out.strip() == PRINTS[name]  # 4.1589 = 2 * ln 8
+
+
+def test_the_readmes_python_runs(folder, python):
+    """Its first four examples, the last of them on fewer images."""
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(examples) == 5 and "train_size=1000, epochs=6" in examples[3]
+    examples[3] = examples[3].replace("train_size=1000, epochs=6", "train_size=20, test_size=10, epochs=1")
+    (folder / "use.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" + "".join(examples[:4]))
+    done = python(folder / "use.py", folder=folder)
+    assert (done.status, done.err) == (0, "")
+    lines = done.out.splitlines()
+    assert lines[0] == "torch.Size([8, 10]) torch.Size([8, 1, 28, 28]) torch.Size([8, 32, 14, 14])"
+    assert lines[1].endswith("torch.Size([32, 3, 32, 32]) torch.Size([32])")
+    assert lines[2].startswith("2.3025") and lines[2].endswith("['classifier', 'autoencoder']")  # ln 10
+    assert lines[-1].startswith("(100, 32, 16, 16) ['circle', 'ring'")
 
 
 STATE = f"""
