@@ -471,7 +471,8 @@ def test_a_process_that_dies_ends_the_other_and_the_run_can_resume(dies, tiny, t
 
 @pytest.mark.parametrize("flags, message", [
     (["--output", "file"], "expected a folder to write to"), (["--batch-size", "1"], "for each of 2 processes"),
-    (["--train-size", "99"], "--train-size: 99 images asked for")])
+    (["--train-size", "99"], "--train-size: 99 images asked for"),
+    (["--seeds", "2", "--jobs", "2"], "--jobs 2: has no effect under torchrun")])
 def test_what_is_refused_ends_both_processes(flags, message, tiny, tmp_path, server, monkeypatch):
     """Also where the first one alone finds it out, and the other waits for it."""
     monkeypatch.chdir(tmp_path)
