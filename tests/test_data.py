@@ -255,8 +255,8 @@ def test_an_npz_in_each_layout(tmp_path):
     (dict(y_train=np.array([0., 1, 2, 0, 1, 2])), "y_train is float64"),
     (dict(y_train=np.array(list("abcabc"))), "y_train is <U1"),
     (dict(y_train=np.array([0, 1, -1, 0, 1, 2])), "y_train has the label -1"),
-    (dict(y_test=np.array([0, 3])), "y_test has the label 3; expected 0 to 2"),
-    (dict(y_train=np.array([0, 0, 2, 0, 0, 2])), "y_train has the label 2; expected 0 to 1"),
+    (dict(y_test=np.array([0, 3])), "y_test has the label 3; labels count from 0: expected 0 to 2"),
+    (dict(y_train=np.array([0, 0, 2, 0, 0, 2])), "y_train has the label 2; labels count from 0: expected 0 to 1"),
     (dict(x_test=np.zeros((2, 4, 4, 3), np.uint8)), "expected one shape"),
     (dict(classes=np.array(["a"])), "expected one shape and 3 names"),
     (dict(y_train=np.array([{}, 1, 2, 0, 1, 2], dtype=object)), "plain arrays"),
@@ -406,7 +406,7 @@ def test_a_set_whose_reader_is_missing_is_not_downloaded(tmp_path, monkeypatch):
     (dict(variant="constrained", constrain={"ring": 2.5}), "shares {'ring': 2.5}: expected numbers above 0, at most 1"),
     (dict(variant="constrained", constrain={"ring": -0.5}), "shares .*: expected numbers above 0"),
     (dict(train_size=-3), "--train-size -3: expected at least 1"), (dict(test_size=0), "--test-size 0: expected"),
-    (dict(labels=-3), "--labels -3: expected at least 1"), (dict(classes="ring,ring"), "a class twice; expected")])
+    (dict(labels=-3), "--labels -3: expected at least 1"), (dict(classes="ring,ring"), "a class twice; shapes has circle,ring")])
 def test_wrong_arguments_of_load_are_refused(wrong, message, few_shapes):
     with pytest.raises(DataError, match=message):
         data.load("shapes", **wrong)

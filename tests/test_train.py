@@ -998,7 +998,7 @@ def test_an_encoder_alone_gets_the_recipe_of_custom(tiny, tmp_path):
     (["--encoder", CUSTOM, "--alpha", "0", "--classifier", "L'(10)"], "is not trained with alpha 0"),
     (["--encoder", CUSTOM, "--no-decoder", "--beta", "1"], "--beta 1: the network has no decoder"),
     (["--version", "cnn", "--labels", "5"], "--labels: has no effect"),
-    (["--variant", "smote", "--labels", "5"], "--labels: has no effect"),
+    (["--variant", "smote", "--labels", "5"], "--labels 5: expected a --variant that copies no image, not smote"),
     (["--version", "v3", "--kl", "1"], "needs an encoder that ends in N(n)"),
     (["--version", "v5", "--lr-step", "3"], "--lr-step: has no effect without --schedule step"),
     (["--version", "cnn", "--label-smoothing", "0.1"], "--label-smoothing: has no effect without --alpha")])

@@ -50,11 +50,13 @@ def child(argv, limit, environment, output):
     """train.main in a process of its own. limit: the largest file that it can write."""
     sys.stdout = sys.stderr = open(output, "w", buffering=1)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a sweep has started the server
     os.environ.update(environment)
     train.SWEEPS["kind"] = train.Sweep(SWEEP, "beta=0", "for these tests")
     # Pictures are written, but not drawn: that would be most of a run's time.
     evaluate.save_figure = lambda figure, path: evaluate.write_whole(path, lambda part: part.write_bytes(b"drawn"))
     if sys.version_info < (3, 14):  # this process's own come from the same server, as they should in any case
+        multiprocessing.forkserver.ensure_running = lambda: None
         multiprocessing.forkserver._forkserver.ensure_running = lambda: None
     if limit is not None:
         import resource
