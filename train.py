@@ -1074,6 +1074,12 @@ def announce(s, dataset, model, folder):
           + f", into {folder}\n", flush=True)
 
 
+def listed(value):
+    """A list or a dict of plain values as words."""
+    return ", ".join(f"{key} {each}" for key, each in value.items()) if isinstance(value, dict) else ", ".join(
+        map(str, value))
+
+
 def fingerprint(split):
     """A hash of a Split's labels and first hundred images, which tells data sets apart."""
     parts = split.images[:100].cpu().numpy().tobytes(), split.labels.cpu().numpy().tobytes()
@@ -1103,11 +1109,8 @@ def keep_config(requested, s, dataset, model, folder, output, command):
     for key, name in (("classes", "classes"), ("images", "images"), ("image_shape", "image shape"),
                       ("hashes", "images and labels by their hashes")):
         if key in first and config[key] != first[key]:
-            found, expected = (", ".join(map(str, value)) if isinstance(value, list) else
-                               ", ".join(f"{part} {count}" for part, count in value.items())
-                               if isinstance(value, dict) else value for value in (config[key], first[key]))
-            raise UsageError(f"--resume {folder}: the data set's {name} are {found}; expected {expected}, as when the "
-                             "run began")
+            raise UsageError(f"--resume {folder}: the data set's {name} are {listed(config[key])}; expected "
+                             f"{listed(first[key])}, as when the run began")
     resumed = first.get("resumed", []) + [{key: config[key] for key in ("command", "git", "started")}]
     evaluate.write_json(folder / "config.json", config | {key: first[key] for key in ("command", "git", "started")}
                         | {"resumed": resumed})
