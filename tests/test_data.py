@@ -406,7 +406,8 @@ def test_a_set_whose_reader_is_missing_is_not_downloaded(tmp_path, monkeypatch):
     (dict(variant="constrained", constrain={"ring": 2.5}), "shares {'ring': 2.5}: expected numbers above 0, at most 1"),
     (dict(variant="constrained", constrain={"ring": -0.5}), "shares .*: expected numbers above 0"),
     (dict(train_size=-3), "--train-size -3: expected at least 1"), (dict(test_size=0), "--test-size 0: expected"),
-    (dict(labels=-3), "--labels -3: expected at least 1"), (dict(classes="ring,ring"), "a class twice; shapes has circle,ring")])
+    (dict(labels=-3), "--labels -3: expected at least 1"),
+    (dict(classes="ring,ring"), "a class twice; shapes has circle,ring")])
 def test_wrong_arguments_of_load_are_refused(wrong, message, few_shapes):
     with pytest.raises(DataError, match=message):
         data.load("shapes", **wrong)

@@ -322,7 +322,7 @@ def test_ctrl_c_keeps_the_whole_epochs_and_says_how_to_resume(undisturbed, tiny,
     assert fails([*RUN, "--dataset", tiny, "--epochs", "3", "--output", tmp_path]) == 130
     folder, = tmp_path.iterdir()
     assert capsys.readouterr().err == (f"train.py: interrupted; its completed epochs are in {folder}; resume with: "
-                                       f"python train.py --resume {folder}\n")
+                                       f"{train.script('train.py', '--resume', folder)}\n")
     assert evaluate.load_checkpoint(folder / "last.pt")[1]["epoch"] == 2
     assert train.main(["--resume", str(folder)]) == 0
     assert_same(folder, undisturbed)
@@ -412,7 +412,7 @@ def test_two_processes_train_what_one_trains(tiny, tmp_path):
     assert train.main([*flags, str(tmp_path / "one")]) == 0
     printed, error = both.communicate()
     assert both.returncode == 0, error
-    assert printed.count("next: python evaluate.py") == 1 and "2 processes" in printed
+    assert printed.count("next: python ") == 1 and "2 processes" in printed
     (one,), (two,) = ((tmp_path / name).iterdir() for name in ("one", "two"))
     assert sorted(each.name for each in one.iterdir()) == sorted(each.name for each in two.iterdir())
     assert_close(two, one)
