@@ -603,7 +603,8 @@ def read_run(folder):
         config, metrics = (json.loads((folder / name).read_text()) for name in ("config.json", "metrics.json"))
         if metrics["epochs"] != config["settings"]["epochs"] or "seed" not in config["settings"]:
             raise ValueError
-        drawn = config["settings"].get("test_size") or "drawn" in config.get("source", "")  # by the seed
+        # Test images that the seed draws differ within a group.
+        drawn = config["settings"].get("test_size") or "drawn for the test" in config.get("source", "")
         images = None if drawn else config.get("hashes", {}).get("test")
         origin = json.dumps([config.get("network"), images])
         return Run(folder.resolve(), config["settings"] | {"precision": config["precision"]}, rows, metrics, origin)
@@ -1075,6 +1076,17 @@ def report(model, content, dataset, folder, ks):
     return result
 
 
+def check_knn(ks, count, variant):
+    """UsageError where `knn` cannot choose among these ks with that many training images."""
+    flag, several = f"--knn {','.join(map(str, ks))}", len(ks) > 1
+    if several and variant in ("oversampled", "smote"):
+        raise UsageError(f"{flag}: the training set has copies of its images, on which no k can be chosen; name one k")
+    held_out = round(0.1 * count) if several else 0
+    if max(ks) > count - held_out or several and not held_out:
+        raise UsageError(f"{flag}: too few training images ({count:,}"
+                         f"{', of which a tenth is held out to choose k' * several})")
+
+
 def report_knn(model, dataset, s, ks):
     """kNN on the codes and on the raw pixels of the training images, printed side by side."""
     results, train = {}, dataset.labelled or dataset.train
@@ -1176,15 +1188,8 @@ def evaluate(args):
         result = report_anomaly(model, content, device, args.anomaly, folder)
     else:
         dataset = load_test(model, content, device, with_train=bool(args.knn or args.codes))
-        count = len((dataset.labelled or dataset.train).labels)
-        if args.knn and len(args.knn) > 1 and s.variant in ("oversampled", "smote"):
-            raise UsageError(f"--knn {','.join(map(str, args.knn))}: the training set has copies of its images, on "
-                             "which no k can be chosen; name one k")
-        several = bool(args.knn) and len(args.knn) > 1
-        held_out = round(0.1 * count) if several else 0  # to choose k on
-        if args.knn and (max(args.knn) > count - held_out or several > held_out):
-            raise UsageError(f"--knn {','.join(map(str, args.knn))}: too few training images ({count:,}"
-                             f"{', of which a tenth is held out to choose k' * several})")
+        if args.knn:
+            check_knn(args.knn, len((dataset.labelled or dataset.train).labels), s.variant)
         folder.mkdir(parents=True, exist_ok=True)
         result = report(model, content, dataset, folder, args.knn)
         if args.codes:

@@ -1,4 +1,5 @@
 """Measures against their formulas by hand, checkpoints, comparisons, and the command itself."""
+import contextlib
 import csv
 import functools
 import itertools
@@ -672,6 +673,7 @@ def test_runs_of_another_network_or_data_set_are_another_group(differs, tmp_path
         config |= {"network": {"encoder": "C(8)"}, "hashes": {"train": f"{seed}", "test": "0"}}
         (folder / "config.json").write_text(json.dumps(config))
     assert len(evaluate.group_runs(evaluate.collect([tmp_path]))) == 1
+    config["source"] = "/drawn/set.npz (.npz)"  # a path
     config[differs] = {"network": {"encoder": "C(9)"}, "hashes": {"train": "0", "test": "1"}}[differs]
     (folder / "config.json").write_text(json.dumps(config))
     assert len(evaluate.group_runs(evaluate.collect([tmp_path]))) == 2
@@ -756,6 +758,15 @@ def test_against_a_setting_pairs_groups_that_differ_in_it_alone(compared, tmp_pa
         with pytest.raises(SystemExit) as end:
             evaluate.main(["--compare", str(tmp_path / "runs"), "--against", against])
         assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ks, count, variant, refused", [
+    ([5], 5, "complete", False), ([6], 5, "complete", True), ([1, 3], 5, "complete", True),  # a tenth of 5 is none
+    ([1, 9], 10, "complete", False), ([1, 10], 10, "complete", True),  # one of ten is held out
+    ([1, 3], 100, "smote", True), ([3], 100, "smote", False)])
+def test_the_ks_that_knn_can_choose_among(ks, count, variant, refused):
+    with pytest.raises(evaluate.UsageError, match="--knn") if refused else contextlib.nullcontext():
+        evaluate.check_knn(ks, count, variant)
 
 
 @pytest.mark.parametrize("text, value, same", [
