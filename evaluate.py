@@ -626,9 +626,9 @@ def integer_axis(axis):
     axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
-def draw_curves(rows, path, title, smoothed=False):
-    """Train and test losses and accuracy over the epochs, one panel for each that there is. smoothed: whether the
-    training loss is of smoothed labels, as the test loss never is."""
+def draw_curves(rows, path, title, only_in_training=""):
+    """Train and test losses and accuracy over the epochs, one panel for each that there is. only_in_training: what
+    the training's classifier loss has and the test's has not, for the legend: "smoothed labels"."""
     panels = [(f"{term.name} loss", term.name, term.unit) for term in losses.TERMS.values()]
     panels = [panel for panel in (*panels, ("accuracy", "accuracy", "accuracy (%)"))
               if any(row.get(f"test_{panel[1]}") is not None for row in rows)]
@@ -643,7 +643,8 @@ def draw_curves(rows, path, title, smoothed=False):
             if not any(value is not None for value in values):
                 continue
             single = sum(value is not None for value in values) == 1
-            label = part + " (smoothed labels)" * (smoothed and key == "classifier" and part == "train")
+            noted = only_in_training and key == "classifier" and part == "train"
+            label = f"{part} ({only_in_training})" if noted else part
             axis.plot(epochs, values, style, color=colour, label=label, marker="o" if single else None,
                       markerfacecolor=colour if part == "train" else "white")
         if key == "accuracy":

@@ -1125,7 +1125,9 @@ def keep_config(requested, s, dataset, model, folder, output, command):
 def finish(rows, tested, model, dataset, s, folder):
     """The pictures, metrics.json and the last lines of a run."""
     metrics = summarise(rows, tested, model, dataset)
-    evaluate.draw_curves(rows, folder / "curves.png", f"{folder.name} on {dataset.name}", s.label_smoothing > 0)
+    in_training = (("smoothed labels", s.label_smoothing), ("class weights", s.class_weights))
+    evaluate.draw_curves(rows, folder / "curves.png", f"{folder.name} on {dataset.name}",
+                         ", ".join(what for what, used in in_training if used))
     if model.decoder is not None:
         note = "" if evaluate.rebuilds(s) else " (the decoder is not trained: beta 0)"
         evaluate.draw_reconstructions(model, dataset, s, folder, note)

@@ -523,12 +523,12 @@ def test_a_sheet_of_many_classes_continues_in_further_bands(figures, tmp_path):
     assert [axis.texts[0].get_text() for axis in axes[:, 0]] == ["original", "reconstruction"] * 3
 
 
-def test_the_curves_name_a_loss_of_smoothed_labels(figures, tmp_path):
+def test_the_curves_name_what_the_training_loss_alone_has(figures, tmp_path):
     row = {"val_mse": None, "val_accuracy": None, "test_mse": None, "train_classifier": 1.5, "test_classifier": 1.2,
            "train_accuracy": 50.0, "test_accuracy": 60.0}
     rows = [row | {"epoch": epoch} for epoch in (1, 2)]
-    for smoothed, first in ((True, "train (smoothed labels)"), (False, "train")):
-        evaluate.draw_curves(rows, tmp_path / "c.png", "title", smoothed)
+    for note, first in (("smoothed labels", "train (smoothed labels)"), ("", "train")):
+        evaluate.draw_curves(rows, tmp_path / "c.png", "title", note)
         labels = [[text.get_text() for text in axis.get_legend().get_texts()][:2] for axis in figures["c.png"].axes]
         assert labels == [[first, "test"], ["train", "test"]]
 

@@ -912,6 +912,7 @@ def test_a_run_folder_has_everything_and_agrees_with_itself(tiny, tmp_path, caps
                                    "best_chosen_on": "test", "largest_class": 10.0,
                                    "mirrored": metrics["accuracy"]["mirrored"]}
     assert metrics["parameters"] == 670_797
+    assert metrics["megabytes"] == pytest.approx(2.683188)  # of 4 bytes each
     assert metrics["reconstruction"]["mse"] == pytest.approx(float(rows[-1]["test_mse"]))
     assert torch.load(folder / "best.pt", weights_only=True)["epoch"] == best + 1
     pairs = sorted(each.name for each in (folder / "recon").iterdir())
@@ -1064,6 +1065,14 @@ def test_an_explosion_in_the_last_step_of_an_epoch_keeps_the_last_good_epoch(fla
         assert all(weight.isfinite().all() for weight in model.state_dict().values())
     row, = log(folder)
     assert all(math.isfinite(float(cell)) for cell in row.values() if cell)
+
+
+@pytest.mark.parametrize("flags, noted", [
+    ([], ""), (["--label-smoothing", "0.1"], "smoothed labels"),
+    (["--label-smoothing", "0.1", "--class-weights", "balanced"], "smoothed labels, class weights")])
+def test_the_curves_say_what_the_test_loss_has_not(flags, noted, tiny, tmp_path, drawn):
+    run(tiny, tmp_path, "--version", "v3", "--epochs", "1", *flags)
+    assert [args[3] for name, args in drawn if name == "draw_curves"] == [noted]
 
 
 def test_lengthening_a_run_renames_its_folder_and_its_curves(tiny, tmp_path, drawn):
