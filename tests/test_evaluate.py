@@ -11,6 +11,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from PIL import Image
 from torch import nn
 
@@ -381,6 +382,29 @@ def test_knn_of_a_checkpoint(trained, tmp_path, capsys):
         assert f"kNN on {name}" in printed and f"{found[name]['accuracy']:.2f} %" in printed
 
 
+def test_knn_learns_from_the_labelled_images_alone(tiny, tmp_path):
+    """Of 20 labelled images of 60 there are no 30 neighbours."""
+    folder = train_in(tmp_path, "--encoder", "C(4)", "--dataset", tiny, "--labels", "20")
+    model, content = evaluate.load_checkpoint(folder / "last.pt")
+    dataset = data.load(tiny, labels=20)
+    found = evaluate.report_knn(model, dataset, content["settings"], [3])["pixels"]
+    points, queries = dataset.labelled.images.flatten(1), dataset.test.images.flatten(1)
+    expected = evaluate.knn(points, dataset.labelled.labels, queries, dataset.test.labels, [3], 10, 0)
+    everything = evaluate.knn(dataset.train.images.flatten(1), dataset.train.labels, queries, dataset.test.labels,
+                              [3], 10, 0)
+    assert found["accuracy"] == expected["accuracy"] != everything["accuracy"]
+
+
+def test_the_roc_curve_has_the_area_that_its_title_names(tiny, tmp_path, figures):
+    folder = train_in(tmp_path, "--version", "cnn10", "--dataset", tiny, "--classes", ",".join(data.SHAPES[:-1]))
+    model, content = evaluate.load_checkpoint(folder / "last.pt")
+    found = evaluate.report_anomaly(model, content, torch.device("cpu"), "bars", tmp_path / "out")
+    axis = figures["anomaly.png"].axes[1]
+    x, y = axis.lines[0].get_data()
+    assert found["auc"] != 0.5 and axis.get_title() == f"ROC, AUC {found['auc']:.3f}"
+    assert (np.diff(x, prepend=0) * y).sum() == pytest.approx(found["auc"])  # of steps, as no two errors are equal
+
+
 def test_an_anomaly_is_a_class_that_was_left_out(tiny, tmp_path, capsys):
     names = ",".join(data.SHAPES[:-1])
     folder = train_in(tmp_path, "--version", "cnn10", "--dataset", tiny, "--classes", names)
@@ -533,6 +557,20 @@ def test_the_curves_name_what_the_training_loss_alone_has(figures, tmp_path):
         assert labels == [[first, "test"], ["train", "test"]]
 
 
+def test_the_curves_are_the_columns_of_the_log(figures, tmp_path):
+    """Training solid, test dashed; the mark at the best epoch."""
+    keys = ("train_classifier", "test_classifier", "train_accuracy", "test_accuracy")
+    rows = [dict(zip(keys, values), epoch=epoch + 1, val_mse=None, val_accuracy=None, test_mse=None)
+            for epoch, values in enumerate([(1.5, 1.25, 50, 60), (1.0, 0.75, 55, 70), (0.5, 1.0, 80, 65)])]
+    evaluate.draw_curves(rows, tmp_path / "c.png", "title")
+    for axis, name in zip(figures["c.png"].axes, ("classifier", "accuracy"), strict=True):
+        for line, part, style in zip(axis.lines, ("train", "test"), ("-", "--")):
+            assert list(line.get_xdata()) == [1, 2, 3] and line.get_linestyle() == style
+            assert list(line.get_ydata()) == [row[f"{part}_{name}"] for row in rows]
+    *_, best = figures["c.png"].axes[1].lines
+    assert (best.get_xdata(), best.get_ydata()) == ([2], [70])
+
+
 def test_the_confusion_picture_is_in_percent_of_each_true_class(figures, tmp_path):
     evaluate.draw_confusion([[3, 1, 0], [0, 0, 0], [0, 2, 6]], ["a", "b", "c"], tmp_path / "c.png", "title")
     axis = figures["c.png"].axes[0]
@@ -662,6 +700,26 @@ def test_the_picture_shows_the_differences(tmp_path, monkeypatch):
     (low, _), (high, _) = bars.get_segments()[0]
     assert (low, high) == pytest.approx((2 - 4.303 / math.sqrt(3), 2 + 4.303 / math.sqrt(3)), abs=1e-3)
     assert difference.get_xlabel() == "accuracy (%): difference from v3"
+
+
+def test_the_picture_shows_the_losses_of_all_runs(figures, tmp_path):
+    """Of two runs the mean as a line and a band between them, for training and test."""
+    losses_of = {0: (2.0, 1.0), 1: (4.0, 1.5)}
+    for seed, values in losses_of.items():
+        folder = write_run(tmp_path / f"runs/v3_seed{seed}", 50.0, seed=seed)
+        rows = list(csv.DictReader((folder / "log.csv").open(newline="")))
+        for row, value in zip(rows, values):
+            row |= {"train_classifier": value, "test_classifier": value + 10}
+        with open(folder / "log.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    evaluate.compare([tmp_path / "runs"], tmp_path / "out")
+    axis, = [axis for axis in figures["comparison.png"].findobj(Axes) if axis.get_title().startswith("classifier")]
+    for line, band, more in zip(axis.lines, axis.collections, (0, 10), strict=True):
+        assert line.get_ydata() == pytest.approx(np.add([3, 1.25], more))
+        heights = {(x, y) for x, y in band.get_paths()[0].vertices.tolist()}
+        assert {(1, 2 + more), (1, 4 + more), (2, 1 + more), (2, 1.5 + more)} <= heights
 
 
 @pytest.mark.parametrize("differs", ["network", "hashes"])
