@@ -63,6 +63,7 @@ class Dataset:
     synthetic: int = 0             # how many of the training images, the last ones, SMOTE made
     labelled: Split | None = None  # the part of train whose labels are used; None: all of it
     named: bool = True             # False: the set has no class names of its own
+    test_drawn: bool = False       # True: the test images were drawn, from a folder without test/
 
     def map(self, change):
         """The Dataset with change(split) in place of each of its splits."""
@@ -409,7 +410,8 @@ def _index_folder(folder, test_share, seed):
                             "for training and test")
         test = resample(index, [min(max(round(test_share * count), 1), count - 1) for count in in_class], seed)
         train = _pick(index, ~torch.isin(index.images, test.images))
-    return Dataset(folder.name, f"{folder} ({kind})", classes, train, test), (folder, paths)
+    made = Dataset(folder.name, f"{folder} ({kind})", classes, train, test, test_drawn=len(parts) == 1)
+    return made, (folder, paths)
 
 
 # From this many pictures on, a folder's decoded pictures are kept in it as `.cache-<size>-<stamp>.npy`.

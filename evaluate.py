@@ -604,7 +604,7 @@ def read_run(folder):
         if metrics["epochs"] != config["settings"]["epochs"] or "seed" not in config["settings"]:
             raise ValueError
         # Test images that the seed draws differ within a group.
-        drawn = config["settings"].get("test_size") or "drawn for the test" in config.get("source", "")
+        drawn = config["settings"].get("test_size") or config.get("test_drawn")
         images = None if drawn else config.get("hashes", {}).get("test")
         origin = json.dumps([config.get("network"), images])
         return Run(folder.resolve(), config["settings"] | {"precision": config["precision"]}, rows, metrics, origin)

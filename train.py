@@ -992,7 +992,7 @@ def prepare(s, model=None):
         torch.use_deterministic_algorithms(True, warn_only=True)
     with first_process_first():
         dataset = evaluate.prepare_data(s)
-    if s.test_share != DEFAULTS["test_share"] and "drawn for the test" not in dataset.source:
+    if s.test_share != DEFAULTS["test_share"] and not dataset.test_drawn:
         raise UsageError(f"--test-share {s.test_share:g}: has no effect on {dataset.name}, which has test images of "
                          "its own; leave it out")
     channels, *sides = dataset.train.images.shape[1:]
@@ -1093,7 +1093,7 @@ def keep_config(requested, s, dataset, model, folder, output, command):
     config = {
         "settings": settings, "precision": s.precision, "device": str(device),
         "network": vars(model.version) | {"num_classes": model.num_classes}, "command": command,
-        "source": dataset.source, "classes": dataset.classes,
+        "source": dataset.source, "test_drawn": dataset.test_drawn, "classes": dataset.classes,
         "images": {"train": len(dataset.train.labels), "test": len(dataset.test.labels)},
         "image_shape": list(dataset.train.images.shape[1:]),
         "hashes": {"train": fingerprint(dataset.train), "test": fingerprint(dataset.test)},

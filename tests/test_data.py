@@ -92,7 +92,7 @@ def test_the_test_part_alone_leaves_training_pictures_unread(tmp_path):
     (folder / "train/bee/2.png").write_bytes(b"not a picture")
     alone = data.load(str(folder), test_only=True)
     assert torch.equal(alone.test.images, whole.test.images) and torch.equal(alone.test.labels, whole.test.labels)
-    assert len(alone.train.labels) == 0 and alone.classes == whole.classes
+    assert len(alone.train.labels) == 0 and alone.classes == whole.classes and not whole.test_drawn
 
 
 def test_a_folder_is_grey_only_if_all_its_pictures_are(tmp_path):
@@ -109,6 +109,7 @@ def test_a_folder_of_classes_alone_is_split_by_the_seed(tmp_path):
     root = class_folder(tmp_path / "bugs", train=10)
     made = data.load(str(root))
     assert made.source == f"{root} (image folder, 20 % drawn for the test)" and made.classes == ["ant", "bee"]
+    assert made.test_drawn
     assert data.counts(made.train, 2) == [8, 8] and data.counts(made.test, 2) == [2, 2]
     values = torch.cat([made.train.images, made.test.images])[:, 0, 0, 0].tolist()
     assert sorted(values) == list(range(20))  # each picture once

@@ -744,11 +744,13 @@ def test_a_comparison_does_without_a_damaged_checkpoint(trained, compared, tmp_p
     assert not (tmp_path / "comparison/sheet.png").exists()
 
 
-def test_seeds_that_draw_other_test_images_are_one_group(compared, tmp_path):
+@pytest.mark.parametrize("size, folder_drawn", [(10, False), (None, True)])
+def test_seeds_that_draw_other_test_images_are_one_group(size, folder_drawn, compared, tmp_path):
     for seed in range(2):
-        folder = write_run(tmp_path / f"runs/v3_seed{seed}", 50.0 + seed, seed=seed, test_size=10)
+        folder = write_run(tmp_path / f"runs/v3_seed{seed}", 50.0 + seed, seed=seed, test_size=size)
         config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"hashes": {"train": f"{seed}", "test": f"{seed}"}}))
+        hashes = {"train": f"{seed}", "test": f"{seed}"}
+        (folder / "config.json").write_text(json.dumps(config | {"hashes": hashes, "test_drawn": folder_drawn}))
     row, = compared(tmp_path / "runs")
     assert row["n"] == "2"
 
