@@ -1075,6 +1075,18 @@ def test_the_curves_say_what_the_test_loss_has_not(flags, noted, tiny, tmp_path,
     assert [args[3] for name, args in drawn if name == "draw_curves"] == [noted]
 
 
+def test_seeds_that_draw_the_test_from_a_folder_repeat_each_other(tmp_path, drawn):
+    """Their test images differ, of which a folder without test/ leaves the choice to the seed."""
+    data_folder(tmp_path / "noise")
+    for seed in ("0", "1"):
+        assert train.main(["--dataset", str(tmp_path / "noise/train"), "--test-share", "0.5", "--encoder", "C(4)",
+                           "--epochs", "1", "--seed", seed, "--output", str(tmp_path / "runs")]) == 0
+    first, second = (config_of(folder) for folder in (tmp_path / "runs").iterdir())
+    assert first["hashes"]["test"] != second["hashes"]["test"]
+    group, = evaluate.group_runs(evaluate.collect([tmp_path / "runs"])).values()
+    assert set(group) == {0, 1}
+
+
 def test_lengthening_a_run_renames_its_folder_and_its_curves(tiny, tmp_path, drawn):
     folder = run(tiny, tmp_path, "--version", "v3")
     assert folder.name == "v3_dataset-tiny_epochs2"
