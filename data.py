@@ -94,7 +94,7 @@ def load(dataset=None, data_dir="data", *, size=None, classes=None, train_size=N
     dataset: a name of NAMES or "shapes"; a folder of images in train/<class>/* and test/<class>/*, or in
     <class>/* alone; an .npz of x_train, y_train, x_test, y_test. None is CIFAR-10 or, where that is
     unavailable, `shapes`. size: what a folder's pictures are scaled and cropped to as they are read, if they
-    are of unequal sizes or too large for the memory; all others are scaled by `batches`. test_only: the
+    are of unequal sizes or the first one has more pixels; all others are scaled by `batches`. test_only: the
     training part is empty, its images are not read. test_share: of a folder without train/ and test/, the
     share of each class that is drawn for the test. A large folder's pictures, once decoded, are kept in it as
     a hidden .npy.
@@ -338,6 +338,17 @@ def read_picture(path, channels=3, fit=None, blur=0.0):
     return blurred(images, blur) if blur else images
 
 
+def _sides(path):
+    """(width, height) of a picture, from its file's header; (0, 0) of a damaged one, which is named when it is read."""
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")
+            turned = image.getexif().get(274, 1) > 4  # the orientation: by a quarter, as `read_image` turns it
+            return image.size[::-1] if turned else image.size
+    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError):
+        return 0, 0
+
+
 CHUNK = 250  # pictures that a worker process decodes at a time
 
 
@@ -387,7 +398,7 @@ def _index_folder(folder, test_share, seed):
         classes = classes or names
         if not names:
             raise DataError(f"{folder}: has no folder {part or 'train'}/<class>; expected train/<class>/* and "
-                            "test/<class>/*, or <class>/*")
+                            "test/<class>/*, or <class>/* (no class may be called train or test)")
         if names != classes:
             unmatched = ", ".join(sorted(set(names) ^ set(classes))[:5])
             raise DataError(f"{folder / part}: expected a folder for each class, the same in train/ and test/; "
@@ -428,9 +439,8 @@ def _read_folder(index, folder, paths, size):
         stamp.update(os.fsencode(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0"))
     # Of the pictures as they are, and fitted to size; larger ones are always fitted.
     caches = [folder / f".cache-{kind}-{stamp.hexdigest()[:16]}.npy" for kind in ("full", size)]
-    with contextlib.suppress(OSError), Image.open(paths[0]) as first:  # a damaged one is named when it is read
-        if size is not None and size * size < math.prod(first.size):
-            caches[0] = caches[1]
+    if size is not None and size * size < math.prod(_sides(paths[0])):
+        caches[0] = caches[1]
 
     def open_cache():
         for cache in caches:
@@ -464,10 +474,11 @@ def _decode_folder(rows, tests, folder, paths, size, free, caches):
     """(images, rows): decoded pictures, (n, H, W, 3), and which of them are those of `rows`, `tests` of them
     test images. caches: where all pictures of the folder are kept as they are, and fitted to size; None:
     only those of the rows are decoded."""
-    shape, fit = read_image(paths[0]).shape[:2], False
-    if size is not None and size * size < math.prod(shape):
-        shape, fit = (size, size), True
+    fit = size is not None and size * size < math.prod(_sides(paths[0]))
     while True:
+        if caches is None and size is not None:  # as for the whole folder, whichever pictures are chosen
+            fit = fit or len({_sides(path) for path in paths} - {(0, 0)}) > 1
+        shape = (size, size) if fit else read_image(paths[rows[0]]).shape[:2]
         needed = 3 * len(rows) * math.prod(shape)
         if needed > free:
             side = min(math.isqrt(int(0.3 * free) // len(rows)) // 8 * 8, 1024)
@@ -481,10 +492,13 @@ def _decode_folder(rows, tests, folder, paths, size, free, caches):
             for i, chunk in enumerate(_decode([paths[row] for row in rows], shape, fit, folder)):
                 images[i * CHUNK:(i + 1) * CHUNK] = chunk
             return images, slice(None)
-        except _Unequal:
-            if size is None:
+        except DataError as error:
+            if isinstance(error, _Unequal) and size is not None:
+                fit = True
+            elif caches is not None and len(rows) < len(paths):  # perhaps of a picture that is not chosen
+                caches = None
+            else:
                 raise
-            shape, fit = (size, size), True
         except OSError:  # no right or no room to write
             caches = None
 
@@ -672,7 +686,7 @@ def resample(split, wanted, seed):
 
 
 def nearest(queries, references, k, chunk=500):
-    """The k nearest references of each query, nearest first, of equal ones the first: (Q, k) int64.
+    """The k nearest references of each query, nearest first: (Q, k) int64.
 
     queries (Q, D), references (R, D), of any type and one device. Euclidean distances by matrix products in
     float32, chunk * R of them at a time; a few more than k of the nearest are then measured again in
