@@ -57,7 +57,7 @@ def explain(error):
         return 130, "interrupted"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         return 1, f"stopped: out of memory ({text}); a smaller --batch-size, --size or --train-size needs less"
-    if isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text:
+    if isinstance(error, dist.DistError) or dist.is_initialized() and re.search("gloo|NCCL", text):
         return 1, f"stopped: another process has ended ({text})"
     if isinstance(error, OSError) and error.filename is not None:
         return 2, f"error: {error.filename}: {error.strerror}"
@@ -195,10 +195,12 @@ def fits(value, accepts, low=-math.inf, high=math.inf):
         return type(value) is str and value in accepts
     if type(value) is not accepts and not (accepts is float and type(value) is int):
         return False
+    if accepts is str:
+        return not re.search(r"[\x00-\x1f\x7f-\x9f]", value)  # control codes, which would reach a terminal
     if accepts is list:
-        return all(type(each) is str for each in value)
+        return all(fits(each, str) for each in value)
     if accepts is dict:
-        return all(type(name) is str and fits(share, float, 0, 1) for name, share in value.items())
+        return all(fits(name, str) and fits(share, float, 0, 1) for name, share in value.items())
     return accepts not in (int, float) or low <= value <= high
 
 
@@ -218,6 +220,7 @@ def load_checkpoint(path):
     for name, (default, *accepted) in NEEDED.items():
         value = values[name]
         require((value is None and default is None) or fits(value, *accepted), f"its setting {name} is not valid")
+    require(fits(content["classes"], list), "its classes are not valid")
     require(fits(content.get("epoch"), int, 1), "it has no epoch")
     there = [part for part in ("classifier", "decoder") if getattr(model, part) is not None]
     require(type(parts) is list and parts and all(part in there for part in parts), "it does not say what is trained")
@@ -319,7 +322,8 @@ def measure(model, split, s, classify=True, reconstruct=True, mirrored=False, ba
     wanted = {"logits"} if classify and model.classifier is not None else set()
     if reconstruct and model.decoder is not None:
         wanted |= {"reconstruction"} | ({"jigsaw_reconstruction"} if s.delta else set())
-        wanted |= {"mean"} if model.variational else set()
+    if model.variational and (s.kl or "reconstruction" in wanted):
+        wanted |= {"mean"}
     noise, generator = test_noise(s), torch.Generator(device).manual_seed(0)
     orders = torch.empty(n, 0)
     if "jigsaw_reconstruction" in wanted:
@@ -453,6 +457,12 @@ def first_of_each(dataset):
     return rows, [dataset.classes[labels[row]] for row in rows]
 
 
+def test_inputs(images, s):
+    """Normalised test images (B, C, H, W) as the network sees them: with the noise of the settings."""
+    generator = torch.Generator(images.device).manual_seed(0)
+    return data.add_noise(images, test_noise(s), generator, s.scale) if test_noise(s) else images
+
+
 def draw_reconstructions(model, dataset, s, folder, note=""):
     """recon.png: the first test image of each class above its reconstruction (between them with
     its noise, where the settings have any); recon/ with each pair as files <index>_<class>.png and
@@ -460,11 +470,9 @@ def draw_reconstructions(model, dataset, s, folder, note=""):
     chosen, names = first_of_each(dataset)
     device = dataset.test.images.device
     images = data.normalise(dataset.test.images[chosen], **preparation(s))
-    inputs, noise = images, test_noise(s)
-    if noise:
-        inputs = data.add_noise(images, noise, torch.Generator(device).manual_seed(0), s.scale)
+    inputs = test_inputs(images, s)
     originals, rebuilt = data.to_pixels(images, s.scale), rebuild(model, inputs, s)
-    noisy = [("with noise", data.to_pixels(inputs, s.scale))] if noise else []
+    noisy = [("with noise", data.to_pixels(inputs, s.scale))] if test_noise(s) else []
     draw_sheet([("original", originals), *noisy, ("reconstruction", rebuilt)], names, folder / "recon.png",
                f"{s.version} on {dataset.name}: test images and their reconstructions{note}")
 
@@ -570,7 +578,8 @@ class Run(NamedTuple):
     settings: dict  # of config.json
     rows: list      # of log.csv: dicts of floats, None where a cell is empty
     metrics: dict   # of metrics.json
-    origin: str     # its network and test images, as config.json names them: a row of VERSIONS or a file may change
+    network: str    # of config.json: a row of VERSIONS may have changed
+    images: str     # its test images, by their hash or their source: files may have changed
 
 
 # Settings in which repetitions of one run may differ.
@@ -603,11 +612,11 @@ def read_run(folder):
         config, metrics = (json.loads((folder / name).read_text()) for name in ("config.json", "metrics.json"))
         if metrics["epochs"] != config["settings"]["epochs"] or "seed" not in config["settings"]:
             raise ValueError
-        # Test images that the seed draws differ within a group.
+        # Test images that the seed draws differ within a group: they are known by where they were drawn from.
         drawn = config["settings"].get("test_size") or config.get("test_drawn")
-        images = None if drawn else config.get("hashes", {}).get("test")
-        origin = json.dumps([config.get("network"), images])
-        return Run(folder.resolve(), config["settings"] | {"precision": config["precision"]}, rows, metrics, origin)
+        images = config.get("source") if drawn else config.get("hashes", {}).get("test")
+        return Run(folder.resolve(), config["settings"] | {"precision": config["precision"]}, rows, metrics,
+                   json.dumps(config.get("network")), images)
     except (OSError, KeyError, ValueError, IndexError, TypeError) as error:
         raise UsageError(f"{folder}: not the folder of a finished run; expected config.json, log.csv and "
                          f"metrics.json ({getattr(error, 'strerror', None) or 'unreadable'})") from None
@@ -682,19 +691,19 @@ def mean_interval(values):
 
 
 def difference_interval(values, reference):
-    """(mean difference, half the width of its 95 % interval, whether it is paired) of two groups, dicts
-    from seed to number; None where one has a single run. Two or more common seeds are paired; else
-    Welch's interval for independent samples."""
+    """(mean difference, half the width of its 95 % interval, number of pairs) of two groups, dicts from seed
+    to number; None where one has a single run. Two or more common seeds are paired, the others left out;
+    else, with 0 pairs, Welch's interval for independent samples."""
     common = sorted(set(values) & set(reference))
     if len(common) > 1:
-        return *mean_interval([values[seed] - reference[seed] for seed in common]), True
+        return *mean_interval([values[seed] - reference[seed] for seed in common]), len(common)
     if min(len(values), len(reference)) < 2:
         return None
     a, b = (np.asarray(list(group.values()), dtype=float) for group in (values, reference))
     variances = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
     total = sum(variances)
     freedom = total**2 / (variances[0]**2 / (len(a) - 1) + variances[1]**2 / (len(b) - 1)) if total else 1
-    return a.mean() - b.mean(), t_quantile(freedom) * math.sqrt(total), False
+    return a.mean() - b.mean(), t_quantile(freedom) * math.sqrt(total), 0
 
 
 def verdict(interval):
@@ -736,7 +745,7 @@ def group_runs(runs):
     with the same seed the last one counts."""
     kinds = {}
     for run in runs:
-        seeds, seed = kinds.setdefault((kind_of(run.settings), run.origin), {}), run.settings["seed"]
+        seeds, seed = kinds.setdefault((kind_of(run.settings), run.network, run.images), {}), run.settings["seed"]
         if seed in seeds:
             print(f"evaluate.py: {seeds[seed].folder} is left out: {run.folder.name} repeats it", file=sys.stderr)
         seeds[seed] = run
@@ -786,13 +795,14 @@ def references(groups, against):
             raise UsageError(f"--against {against}: expected SETTING=VALUE or one of {' '.join(groups)}")
         return {name: against for name in groups if name != against}
     setting = flag.replace("-", "_")
-    pairs, firsts = {}, {name: next(iter(group.values())).settings for name, group in groups.items()}
-    if not any(setting in settings for settings in firsts.values()):
+    pairs, firsts = {}, {name: next(iter(group.values())) for name, group in groups.items()}
+    if not any(setting in run.settings for run in firsts.values()):
         raise UsageError(f"--against {against}: {flag} is no setting of these runs")
-    for name, settings in firsts.items():
+    for name, run in firsts.items():
         for other, candidate in firsts.items():
-            if (other != name and names_value(value, candidate.get(setting))
-                    and kind_of(candidate, setting) == kind_of(settings, setting)):
+            if (other != name and names_value(value, candidate.settings.get(setting))
+                    and kind_of(candidate.settings, setting) == kind_of(run.settings, setting)
+                    and (candidate.images == run.images or setting in SHOWN)):
                 pairs[name] = other
     if not pairs:
         raise UsageError(f"--against {against}: no two groups differ in {flag} alone, one of them with {value}")
@@ -828,8 +838,10 @@ def table_row(name, groups, reference, found, asked):
     row |= {title: spread(groups[name], *column) for title, *column in COLUMNS}
     row |= {"difference": "", "result": "", "compared with": ""}
     if found:
-        mean, half, paired = found
-        row["difference"] = f"{mean:+.2f} ± {half:.2f}{'' if paired else ' (unpaired)'}"
+        mean, half, pairs = found
+        all_paired = pairs == len(groups[name]) == len(groups[reference])
+        note = "" if all_paired else f" ({pairs} pairs)" if pairs else " (unpaired)"
+        row["difference"] = f"{mean:+.2f} ± {half:.2f}{note}"
         row |= {"result": verdict(found), "compared with": reference}
     elif reference and asked:
         row |= {"difference": "needs two runs of each", "compared with": reference}
@@ -859,6 +871,9 @@ def compare(paths, output, against=None):
         notes += [f"difference: in {what}, from {against or first};",
                   "± half the 95 % t interval; runs of the same seed are paired. The intervals are",
                   "not corrected for their number."]
+        if any(next(iter(groups[name].values())).images != next(iter(groups[pairs[name]].values())).images
+               for name in found):
+            notes.append("Some of the groups compared have different test images.")
     more = {"best (%)": f"best: the best epoch, chosen on {' or '.join(chosen)}.",
             "mirrored (%)": "mirrored: logits of each image and its mirror image averaged."}
     shown = {title: max(len(title), *(len(row[title]) for row in rows)) for title in columns if title in PRINTED}
@@ -939,8 +954,9 @@ SHOWN = ("dataset", "size", "margin", "scale", "classes", "test_size", "test_sha
 
 
 def draw_all(groups, path):
-    """sheet.png: the same test images as each group's first run reconstructs them, originals below. Only where
-    at most eight groups have trained decoders on one data set, and that is available."""
+    """sheet.png: the same test images as each group's first run reconstructs them, originals below, between
+    them with their noise, where there is any. Only where at most eight groups have trained decoders on one data set,
+    and that is available."""
     loaded = []
     for name, group in groups.items():
         with contextlib.suppress(UsageError, models.CheckpointError):  # missing, damaged, of another version
@@ -957,7 +973,9 @@ def draw_all(groups, path):
         return  # no longer there
     chosen, names = (each[:10] for each in first_of_each(dataset))
     images = data.normalise(dataset.test.images[chosen], **preparation(s))
-    rows = [(name, rebuild(model, images, content["settings"])) for name, model, content in loaded]
+    inputs = test_inputs(images, s)
+    rows = [(name, rebuild(model, inputs, content["settings"])) for name, model, content in loaded]
+    rows += [("with noise", data.to_pixels(inputs, s.scale))] if test_noise(s) else []
     draw_sheet([*rows, ("original", data.to_pixels(images, s.scale))], names, path,
                f"{dataset.name}: reconstructions of test images")
 

@@ -407,8 +407,8 @@ def batches(split, s, epoch, purpose, rounds=1):
 def epoch_steps(dataset, s, epoch):
     """(number of steps, an iterator over (a Batch of all images, a Batch of labelled images, order)).
 
-    The two are the same object but with --labels: then the labelled images come round as often as
-    needed, beside batches of all images or, where no term needs those, instead of them. order: of the
+    The two are the same object but with --labels: then the labelled images are repeated as often
+    as needed, beside batches of all images or, where no term needs those, instead of them. order: of the
     jigsaw's tiles, (B, grid * grid), or None.
     """
     n, (rank, processes) = len(dataset.train.labels), evaluate.process()
@@ -670,7 +670,7 @@ def slug(text):
     return re.sub(r"[^A-Za-z0-9.-]+", "-", text).strip("-")
 
 
-def differences(s, usual):
+def name_parts(s, usual):
     """The parts of a folder's name: what of the settings differs from `usual`, a dict: ["beta0"]."""
     parts = []
     for key, value in usual.items():
@@ -703,7 +703,7 @@ def run_name(s):
     if s.version == "custom":
         parts = [slug(notation) for notation in (s.encoder, s.classifier) if notation]
         usual = {key: value for key, value in usual.items() if key not in ("encoder", "classifier")}
-    return "_".join(parts + differences(s, usual))[:120 - len(seed)] + seed
+    return "_".join(parts + name_parts(s, usual))[:120 - len(seed)] + seed
 
 
 def make_folder(output, name, config):
@@ -875,7 +875,7 @@ def check_training(s, given):
             raise UsageError(f"--{typed.replace('_', '-')}: has no effect without {needs}")
 
 
-def measured(tested, classes, classified):
+def is_measurement(tested, classes, classified):
     """Whether a dict is what evaluate.measure gives: numbers, and the confusion matrix where a classifier was there."""
     confusion = tested.get("confusion", None if classified else [[0] * classes] * classes)
     return (all(type(value) in (int, float) for name, value in tested.items() if name != "confusion")
@@ -884,8 +884,7 @@ def measured(tested, classes, classified):
 
 
 def resumable(model, state, s):
-    """Whether a checkpoint, which may come from anywhere, has the log and the optimizer's state of a run. Fills
-    the log's rows up with terms that are newer than the run."""
+    """Whether a checkpoint, which may come from anywhere, has the log and the optimizer's state of a run."""
     rows = state.get("rows")
     numbers = {"epoch", "lr", "train_loss", "test_loss", "seconds", "images_per_second", "test_seconds"}
     needed = numbers | {"test_accuracy", "test_mse", "val_accuracy", "val_mse"}
@@ -897,9 +896,8 @@ def resumable(model, state, s):
         if any(type(row[key]) not in (int, float) for key in numbers) or any(
                 type(value) not in (int, float, type(None)) for value in row.values()):
             return False
-    if not measured(state["tested"], model.num_classes, rows[-1]["test_accuracy"] is not None):
+    if not is_measurement(state["tested"], model.num_classes, rows[-1]["test_accuracy"] is not None):
         return False
-    state["rows"] = [dict.fromkeys(columns()) | row for row in rows]
     try:
         phase = next(phase for phase in phases(s) if len(rows) <= phase.end)
         optimizer = make_optimizer(model, phase)
@@ -930,6 +928,7 @@ def reopen(given, folder):
         model, state = evaluate.load_checkpoint(path)
         if not resumable(model, state, s):
             raise UsageError(f"{path}: not a last.pt of train.py; expected what a run can resume from")
+        state["rows"] = [dict.fromkeys(columns()) | row for row in state["rows"]]  # of terms newer than the run too
     done, total = len(state["rows"]) if state else 0, s.epochs
     given = {key: value for key, value in given.items() if key not in ACTS or key == "output"}
     if "dataset" in given:
@@ -1086,6 +1085,9 @@ def fingerprint(split):
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
+BITS = "torch", "machine", "device", "processes"  # of config.json: what a run's bits depend on beside its settings
+
+
 def keep_config(requested, s, dataset, model, folder, output, command):
     """Writes config.json, into a new folder where there is none; returns the folder."""
     device = dataset.train.images.device
@@ -1111,8 +1113,13 @@ def keep_config(requested, s, dataset, model, folder, output, command):
         if key in first and config[key] != first[key]:
             raise UsageError(f"--resume {folder}: the data set's {name} are {listed(config[key])}; expected "
                              f"{listed(first[key])}, as when the run began")
-    resumed = first.get("resumed", []) + [{key: config[key] for key in ("command", "git", "started")}]
-    evaluate.write_json(folder / "config.json", config | {key: first[key] for key in ("command", "git", "started")}
+    changed = [f"{key} {first[key]}, now {config[key]}" for key in BITS if first.get(key, config[key]) != config[key]]
+    if changed:
+        print(f"train.py: warning: the run began with {'; '.join(changed)}: its result will differ slightly from that "
+              "of an uninterrupted run", file=sys.stderr)
+    part = ("command", "git", "started", "python", *BITS)
+    resumed = first.get("resumed", []) + [{key: config[key] for key in part}]
+    evaluate.write_json(folder / "config.json", config | {key: first[key] for key in part if key in first}
                         | {"resumed": resumed})
     before = run_name(Namespace(**DEFAULTS | first["settings"]))
     renamed = folder.with_name(run_name(Namespace(**settings)))
@@ -1242,7 +1249,7 @@ def plan(given):
         for run, changed in zip(SWEEPS[sweep].runs, runs):
             usual, s = (vars(settle({"dataset": "cifar10"} | each)) for each in (run, changed | common))
             usual = {key: usual[key] for key in DEFAULTS if key in common and key != "seed"}
-            parts |= dict.fromkeys(differences(Namespace(**s), usual))
+            parts |= dict.fromkeys(name_parts(Namespace(**s), usual))
         output = output / "_".join([f"sweep-{sweep}", *parts])
     seeds = range(common.get("seed", 0), common.get("seed", 0) + given.get("seeds", 1))
     if seeds[-1] > 2**31:

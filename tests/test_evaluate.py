@@ -678,6 +678,20 @@ def test_a_table_of_two_runs(trained, tmp_path, capsys):
         assert min(Image.open(out / name).size) > 200
 
 
+def test_the_sheet_of_a_denoising_run_shows_what_the_network_saw(tiny, tmp_path, monkeypatch):
+    folder = train_in(tmp_path / "run", "--version", "v3", "--dataset", tiny, "--noise", "0.2")
+    sheets = {}
+    monkeypatch.setattr(evaluate, "draw_sheet", lambda rows, names, path, title: sheets.update({path.name: dict(rows)}))
+    model, content = evaluate.load_checkpoint(folder / "last.pt")
+    dataset = evaluate.prepare_data(content["settings"], True)
+    evaluate.draw_reconstructions(model, dataset, content["settings"], folder)
+    group = {"v3": {0: evaluate.read_run(folder)}}
+    evaluate.draw_all(group, tmp_path / "sheet.png")
+    for there, here in (("reconstruction", "v3"), ("with noise", "with noise"), ("original", "original")):
+        assert torch.equal(sheets["recon.png"][there], sheets["sheet.png"][here])
+    assert not torch.equal(sheets["sheet.png"]["with noise"], sheets["sheet.png"]["original"])
+
+
 def test_runs_of_one_name_and_other_settings_are_two_groups(compared, tmp_path):
     write_run(tmp_path / "a/v3", 50.0)
     write_run(tmp_path / "b/v3", 60.0, lr=0.5)
@@ -751,11 +765,11 @@ def test_a_comparison_does_without_a_damaged_checkpoint(trained, compared, tmp_p
 def test_seeds_that_draw_other_test_images_are_one_group(size, folder_drawn, compared, tmp_path):
     for seed in range(2):
         folder = write_run(tmp_path / f"runs/v3_seed{seed}", 50.0 + seed, seed=seed, test_size=size)
-        config = json.loads((folder / "config.json").read_text())
-        hashes = {"train": f"{seed}", "test": f"{seed}"}
-        (folder / "config.json").write_text(json.dumps(config | {"hashes": hashes, "test_drawn": folder_drawn}))
+        write_origin(folder, hashes={"train": f"{seed}", "test": f"{seed}"}, test_drawn=folder_drawn)
     row, = compared(tmp_path / "runs")
     assert row["n"] == "2"
+    write_origin(folder, source="another folder")  # images drawn from other images are other data
+    assert len(compared(tmp_path / "runs")) == 2
 
 
 def test_a_comparison_of_some_runs_leaves_that_of_their_folder(tmp_path, monkeypatch, capsys):
@@ -793,6 +807,42 @@ def test_seeds_are_grouped_and_paired(compared, tmp_path):
     assert not first["difference"] and first["PSNR (dB)"].startswith("20.00")
     back, _ = compared(tmp_path / "runs", "--against", "v3_lr0.5")
     assert (back["difference"], back["compared with"]) == (f"-2.00 ± {half:.2f}", "v3_lr0.5")
+
+
+def test_a_difference_of_some_of_the_runs_says_of_how_many_pairs(compared, tmp_path):
+    for seed in range(4):
+        write_run(tmp_path / f"runs/v3_seed{seed}", 50.0, seed=seed)
+        write_run(tmp_path / f"runs/v4_seed{seed + 2}", 50.0 + seed, seed=seed + 2, version="v4")
+    _, row = compared(tmp_path / "runs")  # seeds 2 and 3: differences 0 and 1
+    assert row["difference"] == f"+0.50 ± {12.706 * 0.5:.2f} (2 pairs)" and row["n"] == "4"
+
+
+def write_origin(folder, **changes):
+    """Changes the config.json of a run."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def test_against_a_setting_never_pairs_runs_on_different_data(compared, tmp_path):
+    """Two folders of data: in each of them beta 1 is compared with beta 0."""
+    for place, accuracy in (("a", 50.0), ("b", 60.0)):
+        for seed in range(2):
+            for beta, gain in ((1.0, 1), (0.0, 0)):
+                folder = write_run(tmp_path / place / f"v3_{place}_beta{beta:g}_seed{seed}", accuracy + gain,
+                                   psnr=20.0 if beta else None, seed=seed, beta=beta, data_dir=place)
+                write_origin(folder, hashes={"train": place, "test": place})
+    rows = {row["run"]: row for row in compared(tmp_path / "a", tmp_path / "b", "--against", "beta=0")}
+    pairs = {name: (row["difference"], row["compared with"]) for name, row in rows.items() if row["compared with"]}
+    assert pairs == {f"v3_{place}_beta1": ("+1.00 ± 0.00", f"v3_{place}_beta0") for place in "ab"}
+    assert "different test images" not in (tmp_path / "comparison/comparison.md").read_text()
+    compared(tmp_path / "a", tmp_path / "b")  # against the first one, whatever its data
+    assert "have different test images" in (tmp_path / "comparison/comparison.md").read_text()
+    # The setting may be the one that makes the test images different.
+    for seed in range(2):
+        folder = write_run(tmp_path / "a" / f"v3_a_beta1_blur1_seed{seed}", 40.0, seed=seed, beta=1.0, blur=1.0)
+        write_origin(folder, hashes={"train": "a", "test": "blurred"})
+    rows = {row["run"]: row for row in compared(tmp_path / "a", "--against", "blur=0")}
+    assert rows["v3_beta1_blur1"]["difference"] == "-11.00 ± 0.00"
 
 
 def test_runs_of_other_seeds_are_compared_unpaired(compared, tmp_path):
@@ -926,20 +976,20 @@ def test_intervals_by_hand():
     mean, half = evaluate.mean_interval([1, 2, 6])
     assert (mean, half) == (3, pytest.approx(4.3027 * math.sqrt(7) / math.sqrt(3), rel=1e-4))
     paired = evaluate.difference_interval({0: 5.0, 1: 7.0, 2: 6.0, 9: 100.0}, {2: 4.0, 1: 4.0, 0: 4.0, 5: 0.0})
-    assert paired == (pytest.approx(2), pytest.approx(4.3027 / math.sqrt(3), rel=1e-4), True)  # differences 1, 3, 2
-    mean, half, is_paired = evaluate.difference_interval({0: 1.0, 1: 3.0}, {5: 10.0, 6: 14.0, 7: 18.0})
+    assert paired == (pytest.approx(2), pytest.approx(4.3027 / math.sqrt(3), rel=1e-4), 3)  # differences 1, 3, 2
+    mean, half, pairs = evaluate.difference_interval({0: 1.0, 1: 3.0}, {5: 10.0, 6: 14.0, 7: 18.0})
     # Variances of the means 2/2 and 16/3; Welch's degrees of freedom (19/3)^2 / (1 + (16/3)^2 / 2).
     freedom = (19 / 3) ** 2 / (1 + (16 / 3) ** 2 / 2)
-    assert (mean, is_paired) == (-12, False) and 2 < freedom < 3
+    assert (mean, pairs) == (-12, 0) and 2 < freedom < 3
     assert half == pytest.approx(evaluate.t_quantile(freedom) * math.sqrt(19 / 3)) and 3.182 < half / 2.5166 < 4.303
     assert evaluate.difference_interval({0: 1.0}, {0: 2.0}) is None
     assert evaluate.difference_interval({0: 1.0}, {1: 2.0, 2: 3.0}) is None
-    assert evaluate.difference_interval({0: 1.0, 1: 2.0}, {1: 1.0, 2: 3.0})[2] is False  # one common seed is no pair
+    assert evaluate.difference_interval({0: 1.0, 1: 2.0}, {1: 1.0, 2: 3.0})[2] == 0  # one common seed is no pair
 
 
 @pytest.mark.parametrize("interval, expected", [
-    ((2.0, 1.0, True), "better"), ((-2.0, 1.0, False), "worse"), ((1.0, 2.0, True), "not shown"),
-    ((1.0, 1.0, True), "not shown"), ((-1.0, 1.0, True), "not shown"), ((0.0, 0.0, True), "not shown"),
+    ((2.0, 1.0, 3), "better"), ((-2.0, 1.0, 0), "worse"), ((1.0, 2.0, 3), "not shown"),
+    ((1.0, 1.0, 3), "not shown"), ((-1.0, 1.0, 3), "not shown"), ((0.0, 0.0, 3), "not shown"),
     (None, "not shown")])
 def test_a_difference_is_shown_where_its_interval_excludes_zero(interval, expected):
     assert evaluate.verdict(interval) == expected
@@ -989,6 +1039,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     (FileNotFoundError(2, "No such file or directory", "a.png"), 2, "error: a.png: No such file or directory"),
     (evaluate.Stopped("epoch 1: loss"), 1, "stopped: epoch 1: loss"), (KeyboardInterrupt(), 130, "interrupted"),
     (MemoryError("x\ny"), 1, "stopped: out of memory (x y); a smaller --batch-size, --size or --train-size needs"),
+    (FileNotFoundError(2, "No such file or directory", "igloo.png"), 2, "error: igloo.png: No such file or directory"),
     (torch.OutOfMemoryError("CUDA out of memory"), 1, "stopped: out of memory (CUDA out of memory); a smaller"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), 1, "stopped: out of memory")])
 def test_an_error_is_one_line_and_a_status(error, status, line, capsys):

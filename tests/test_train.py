@@ -585,6 +585,14 @@ def test_a_variational_run_trains_both_its_terms(tiny, tmp_path, drawn):
     assert "draw_variational" in {name for name, _ in drawn}
 
 
+def test_the_test_loss_has_every_trained_term_without_a_decoder(tiny, tmp_path):
+    folder = run(tiny, tmp_path, "--version", "vae", "--classifier", "L'(10)", "--alpha", "1", "--beta", "0", "--kl", "0.5")
+    for row in log(folder):
+        for part in ("train", "test"):
+            loss = float(row[f"{part}_classifier"]) + 0.5 * float(row[f"{part}_kl"])
+            assert float(row[f"{part}_loss"]) == pytest.approx(loss)
+
+
 def test_the_joint_model_reports_a_true_accuracy(tiny, tmp_path):
     """One 48-vector per image is classified; noise is in training alone."""
     folder = run(tiny, tmp_path, "--version", "joint5", "--classes", "ring,star,heart,bars,arrow")
@@ -1105,6 +1113,20 @@ def test_lengthening_a_run_renames_its_folder_and_its_curves(tiny, tmp_path, dra
     assert train.main(["--resume", str(second), "--epochs", "3"]) == 0 and len(log(second)) == 3
     named = run(tiny, tmp_path, "--version", "v3", "--name", "mine")
     assert train.main(["--resume", str(named), "--epochs", "3"]) == 0 and len(log(named)) == 3
+
+
+def test_a_resumed_run_says_where_each_part_of_it_was_trained(tiny, tmp_path, monkeypatch, capsys):
+    folder, begun = run(tiny, tmp_path, "--version", "v3", "--name", "one"), "differ slightly"
+    first = config_of(folder)
+    assert train.main(["--resume", str(folder), "--epochs", "3"]) == 0
+    assert begun not in capsys.readouterr().err
+    monkeypatch.setattr(train.torch, "get_num_threads", lambda: 7)
+    assert train.main(["--resume", str(folder), "--epochs", "4"]) == 0
+    warning, = [line for line in capsys.readouterr().err.splitlines() if begun in line]
+    assert f"machine {first['machine']}, now " in warning and " 7 threads:" in warning
+    config = config_of(folder)
+    assert all(config[key] == first[key] for key in ("machine", "torch", "device", "processes", "started"))
+    assert [each["machine"].split(", ")[1] for each in config["resumed"]] == ["1 threads", "7 threads"]
 
 
 def interrupted(monkeypatch, at):

@@ -447,6 +447,8 @@ def hostile(good, ran):
         "negative-shape": content | {"version": nets | {"in_shape": (3, -32, 32)}},
         "no-classes": {key: value for key, value in content.items() if key != "classes"},
         "classes-of-numbers": content | {"classes": list(range(10))},
+        "terminal-codes": content | {"classes": ["\x1b[2J", *content["classes"][1:]]},
+        "terminal-codes-in-version": settings(version="\x1b]0;title\x07"),
         "nine-classes": content | {"classes": ["a"] * 9},
         "no-settings": {key: value for key, value in content.items() if key != "settings"},
         "list-of-settings": content | {"settings": [1]},
