@@ -157,7 +157,8 @@ def _find(dataset, data_dir, test_only, test_share, seed):
     expected = "a folder of images in train/<class> and test/<class> or in <class>, or an .npz file"
     if path.exists():
         raise DataError(f"{path}: expected {expected}")
-    raise DataError(f"no data set {dataset!r}; expected one of {' '.join(NAMES)} shapes, {expected}")
+    moved = "; where it has moved, --dataset names its place" if path.is_absolute() else ""
+    raise DataError(f"no data set {dataset!r}; expected one of {' '.join(NAMES)} shapes, {expected}{moved}")
 
 
 def _split(images, labels):
@@ -918,7 +919,7 @@ def batches(split, batch_size, epoch_seed=None, flip=False, size=None, margin=Fa
 # ---------------------------------------------------------------- python data.py
 
 def save_samples(dataset, path):
-    """Saves a sheet of ten training images of each of the first 20 classes."""
+    """Saves a sheet of up to ten training images of each of the first 20 classes."""
     from matplotlib.figure import Figure
     names, (_, height, _), images = dataset.classes[:20], dataset.train.images.shape[1:], []
     for label in range(len(names)):
@@ -928,7 +929,7 @@ def save_samples(dataset, path):
     figure = Figure(figsize=(8, 0.4 + 7 * grid.shape[1] / grid.shape[2]))
     axis = figure.subplots()
     axis.imshow(grid.permute(1, 2, 0).numpy())
-    axis.set_title(f"{dataset.name}: ten training images of each of {len(names)} classes")
+    axis.set_title(f"{dataset.name}: up to ten training images of each of {len(names)} classes")
     axis.set_xticks([])
     axis.set_yticks([(height + 2) * (row + 0.5) for row in range(len(names))], names)
     axis.spines[:].set_visible(False)

@@ -18,6 +18,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 import time
 from argparse import Namespace
 from dataclasses import replace
@@ -410,9 +411,8 @@ def knn(points, labels, queries, answers, ks, classes, seed):
 # ---------------------------------------------------------------- pictures of a model
 
 def save_figure(figure, path):
-    """A matplotlib Figure as a PNG. With a layout of matplotlib's own all of it is inside already."""
-    box = "tight" if figure.get_layout_engine() is None else None
-    write_whole(path, lambda part: figure.savefig(part, dpi=150, bbox_inches=box, format="png"))
+    """A matplotlib Figure as a PNG, with all of it inside, which its layout alone does not guarantee."""
+    write_whole(path, lambda part: figure.savefig(part, dpi=150, bbox_inches="tight", format="png"))
 
 
 def save_picture(pixels, path):
@@ -707,8 +707,9 @@ def difference_interval(values, reference):
 
 
 def verdict(interval):
-    """What a difference shows: "better" or "worse" only where its interval excludes 0."""
-    if interval is None or abs(interval[0]) <= interval[1]:
+    """What a difference shows: "better" or "worse" only where its interval excludes 0, and has a width: few test
+    images can give equal differences by chance."""
+    if interval is None or not 0 < interval[1] < abs(interval[0]):
         return "not shown"
     return "better" if interval[0] > 0 else "worse"
 
@@ -878,7 +879,8 @@ def compare(paths, output, against=None):
             "mirrored (%)": "mirrored: logits of each image and its mirror image averaged."}
     shown = {title: max(len(title), *(len(row[title]) for row in rows)) for title in columns if title in PRINTED}
     for row in (dict(zip(columns, columns)), *rows):
-        print("  ".join(f"{row[title]:{'<' if title == 'run' else '>'}{width}}" for title, width in shown.items()))
+        print("  ".join(f"{row[title]:{'<' if title == 'run' else '>'}{width}}"
+                        for title, width in shown.items()).rstrip())
     print("\n".join(["", *notes]))
     table = [f"| {' | '.join(cells)} |" for cells in (columns, *([row[title] for title in columns] for row in rows))]
     lines = [table[0], "|" + "---|" * len(columns), *table[1:], "", *notes,
@@ -911,7 +913,7 @@ def draw_comparison(groups, found, what, path):
         axes[-1].errorbar([mean for mean, *_ in found.values()], places, xerr=[half for _, half, _ in found.values()],
                           fmt="kd", markersize=5, capsize=3)
         axes[-1].axvline(0, color="0.5", linestyle=":")
-        axes[-1].set(xlabel=what)
+        axes[-1].set(xlabel=textwrap.fill(what, 36))  # a name may be long
         axes[-1].grid(alpha=0.3)
     for axis, (title, key) in zip(axes, panels):
         for place, group in enumerate(groups.values()):
@@ -1050,7 +1052,7 @@ def check_shape(dataset, model, s):
 
 MEASURES = [("MSE", "mse", "{:.6f}"), ("MAE", "mae", "{:.5f}"), ("PSNR", "psnr", "{:.2f} dB"),
             ("PSNR of the noisy input", "noisy_psnr", "{:.2f} dB"),
-            ("absolute error per image", "absolute_error", "{:.2f}"),
+            ("sum of |errors| per image", "absolute_error", "{:.2f}"),
             ("|sum of errors| per image", "net_error", "{:.2f}")]
 
 
@@ -1149,8 +1151,8 @@ def report_anomaly(model, content, device, name, folder):
     for chosen, label, style in ((~unseen, "the trained classes", "-"), (unseen, name, "--")):
         axes[0].hist(scores[chosen].cpu().numpy(), bins, density=True, histtype="step", label=label,
                      linestyle=style)
-    axes[0].set(title="reconstruction error", xlabel="MSE of an image (pixels of 0-1)", ylabel="density")
-    axes[0].legend()
+    axes[0].set(title="reconstruction error", xlabel="MSE of an image (pixels of 0-1)", ylabel="density (1 / MSE)")
+    axes[0].legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)  # below: on no bar
     order = unseen[scores.argsort(descending=True)].cpu().double()
     axes[1].plot(((1 - order).cumsum(0) / (1 - order).sum()).numpy(), (order.cumsum(0) / order.sum()).numpy())
     axes[1].plot([0, 1], [0, 1], ":", color="0.5")
@@ -1229,7 +1231,8 @@ def numbers(text):
 
 def fail(message):
     """An ArgumentParser's `error`."""
-    raise UsageError(f"{message}; -h lists all flags" if "arguments" in message else message)
+    advice = {"arguments": "; -h lists all flags", "one argument": "; one that begins with - is written --flag=-..."}
+    raise UsageError(message + "".join(text for words, text in advice.items() if words in message))
 
 
 def make_parser():

@@ -831,7 +831,8 @@ def check_network(s, given):
     if not (s.classifier or version.classifier):
         lacks["logits"] = f"{s.version} has no classifier; --classifier NOTATION adds one"
     if no_decoder:
-        lacks["reconstruction"] = "the network has no decoder; --decoder mirror adds one"
+        lacks["reconstruction"] = "the network has no decoder; " + (
+            "leave out --no-decoder" if s.decoder == "none" else "--decoder mirror adds one")
         lacks["jigsaw_reconstruction"] = lacks["reconstruction"]
     if "N(" not in (s.encoder or version.encoder):
         lacks["mean"] = "needs an encoder that ends in N(n)"
@@ -917,8 +918,9 @@ def reopen(given, folder):
         known = parse(as_flags(config["settings"]))  # a setting that is newer than the run has its default
         s = Namespace(**recipe(known["version"]) | known | {"precision": config["precision"]})
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        raise UsageError(f"--resume {folder}: expected the folder of a run, with a config.json of this "
-                         "version of the program") from None
+        found = "there is no such folder" if not folder.exists() else "is a file" if folder.is_file() else (
+            "has no config.json of this version of the program")
+        raise UsageError(f"--resume {folder}: {found}; expected the folder of a run") from None
     if given.get("epochs", s.epochs) != s.epochs and (s.separate or s.schedule != "step"):
         what = "--separate" if s.separate else f"--schedule {s.schedule}"
         raise UsageError(f"--epochs {given['epochs']}: with {what} the completed epochs depend on the total; "
@@ -1049,9 +1051,10 @@ def announce(s, dataset, model, folder):
                  ", ".join(f"{name} {count:,}" for name, count in zip(dataset.classes, counts)))
     decoder = "no decoder" if model.decoder is None else f"decoder: {v.decoder}" + (
         ", not trained as beta is 0" * (not evaluate.rebuilds(s)))
-    print(f"{s.version}: {v.encoder} | {v.classifier}{', lower features joined' * v.skip}\n"
+    held_out = f", {len(dataset.val.labels):,} held-out" if dataset.val else ""
+    print(f"{s.version}: {v.encoder} | {v.classifier or 'no classifier'}{', lower features joined' * v.skip}\n"
           f"{models.parameter_count(model):,} parameters; {decoder}\n"
-          f"{dataset.name}, {dataset.source}: {len(dataset.train.labels):,} training and "
+          f"{dataset.name}, {dataset.source}: {len(dataset.train.labels):,} training{held_out} and "
           f"{len(dataset.test.labels):,} test images, {shape}\ntraining images: {per_class}")
     if dataset.labelled:
         print(f"labelled: {len(dataset.labelled.labels):,} of the training images")
@@ -1310,12 +1313,12 @@ def start_child(context, given, s, output, threads):
     return process, file
 
 
-def summary(folder, minutes):
-    """The line of a finished run."""
+def summary(folder, minutes, width):
+    """The line of a finished run, its name in a column of that width."""
     metrics = json.loads((folder / "metrics.json").read_text())
     accuracy = f"{metrics['accuracy']['last']:.2f} %" if "accuracy" in metrics else "-"
     psnr = f"{metrics['reconstruction']['psnr']:.2f} dB" if metrics["reconstruction"] else "-"
-    return f"{folder.name:<48}{accuracy:>9}{psnr:>10}{minutes:>8.1f} min"
+    return f"{folder.name:<{width}}{accuracy:>10}{psnr:>10}{minutes:>8.1f} min"
 
 
 def epochs_done(output, s):
@@ -1337,6 +1340,8 @@ def run_all(todo, output, jobs, threads):
         signal.signal(signal.SIGINT, handler)
     gpus = torch.cuda.device_count() if todo[0][1].device in ("auto", "cuda") else 0
     free, waiting, running, failed, begun = list(range(jobs)), list(todo), {}, [], time.time()
+    width = max(len(run_name(s)) for _, s in todo)
+    print(f"{'run':<{width}}{'accuracy':>10}{'PSNR':>10}{'time':>12}", flush=True)
     try:
         while waiting or running:
             while waiting and free:
@@ -1354,7 +1359,7 @@ def run_all(todo, output, jobs, threads):
                 free.append(slot)
                 folder = find_run(output, s)
                 if process.exitcode == 0:
-                    print(summary(folder, (time.time() - start) / 60), flush=True)
+                    print(summary(folder, (time.time() - start) / 60, width), flush=True)
                     continue
                 file = folder / "output.txt" if folder and not file.exists() else file
                 lines = file.read_text().split("\n") if file.exists() else []

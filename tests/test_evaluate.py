@@ -527,6 +527,9 @@ def test_a_plane_of_longer_codes_has_their_principal_components(tmp_path, monkey
     assert "(8" in seen[0].axes[0].get_xlabel()  # 25 of 29 parts of the variance, 86 %, or near it
 
 
+SAVE_FIGURE = evaluate.save_figure
+
+
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that are drawn instead of saved, by file name."""
@@ -558,6 +561,21 @@ def test_the_curves_name_what_the_training_loss_alone_has(figures, tmp_path):
         evaluate.draw_curves(rows, tmp_path / "c.png", "title", note)
         labels = [[text.get_text() for text in axis.get_legend().get_texts()][:2] for axis in figures["c.png"].axes]
         assert labels == [[first, "test"], ["train", "test"]]
+
+
+def test_a_saved_picture_is_whole(figures, tmp_path):
+    """The layout alone cut off the label of these curves' first axis."""
+    columns = [f"{part}_{key}" for key in ("classifier", "autoencoder", "accuracy") for part in ("train", "test")]
+    values = [(2.32, 2.3, 1.36, 1.24, 11.5, 9.5), (2.17, 2.85, 0.99, 0.68, 24.1, 19.15), (1.98, 4.07, 0.62,
+              0.58, 37.6, 26.7), (1.66, 1.18, 0.4, 0.43, 63.9, 58.0), (1.37, 0.85, 0.24, 0.26, 83.5, 79.95),
+              (1.2, 0.76, 0.17, 0.17, 92.3, 88.45)]
+    rows = [dict(zip(columns, row), epoch=epoch + 1, test_mse=None, val_mse=None, val_accuracy=None)
+            for epoch, row in enumerate(values)]
+    evaluate.draw_curves(rows, tmp_path / "c.png", "title", "smoothed labels")
+    figure = figures["c.png"]
+    SAVE_FIGURE(figure, tmp_path / "c.png")
+    width = figure.get_tightbbox().width + 2 * 0.1  # inches
+    assert Image.open(tmp_path / "c.png").size[0] == pytest.approx(150 * width, abs=4)
 
 
 def test_the_curves_are_the_columns_of_the_log(figures, tmp_path):
@@ -857,15 +875,17 @@ def test_runs_of_other_seeds_are_compared_unpaired(compared, tmp_path):
 def test_against_a_setting_pairs_groups_that_differ_in_it_alone(compared, tmp_path, capsys):
     for version, gain in (("v1", 1), ("v2", -1)):
         for seed in range(2):
-            write_run(tmp_path / f"runs/{version}_seed{seed}", 50.0 + seed + gain, seed=seed, version=version)
+            write_run(tmp_path / f"runs/{version}_seed{seed}", 50.0 + seed + gain * (1 + seed / 50), seed=seed,
+                      version=version)
             write_run(tmp_path / f"runs/{version}_beta0_seed{seed}", 50.0 + seed, psnr=None, seed=seed,
                       version=version, beta=0.0)
     write_run(tmp_path / "runs/v1_beta0_blur1", 40.0, version="v1", beta=0.0, blur=1.0)  # it differs in two settings
     rows = {row["run"]: row for row in compared(tmp_path / "runs", "--against", "beta=0")}
     pairs = {name: row["compared with"] for name, row in rows.items() if row["compared with"]}
     assert pairs == {"v1": "v1_beta0", "v2": "v2_beta0"}
-    assert rows["v1"]["difference"] == "+1.00 ± 0.00" and rows["v1"]["result"] == "better"
-    assert rows["v2"]["difference"] == "-1.00 ± 0.00" and rows["v2"]["result"] == "worse"
+    # Differences 1 and 1.02; t is 12.706 for one degree of freedom.
+    assert rows["v1"]["difference"] == "+1.01 ± 0.13" and rows["v1"]["result"] == "better"
+    assert rows["v2"]["difference"] == "-1.01 ± 0.13" and rows["v2"]["result"] == "worse"
     for against, message in (("v5", "expected SETTING=VALUE or one"), ("siz=0", "siz is no setting of these runs"),
                              ("beta=7", "no two groups differ in beta alone, one of them with 7")):
         with pytest.raises(SystemExit) as end:
@@ -989,7 +1009,8 @@ def test_intervals_by_hand():
 
 @pytest.mark.parametrize("interval, expected", [
     ((2.0, 1.0, 3), "better"), ((-2.0, 1.0, 0), "worse"), ((1.0, 2.0, 3), "not shown"),
-    ((1.0, 1.0, 3), "not shown"), ((-1.0, 1.0, 3), "not shown"), ((0.0, 0.0, 3), "not shown"),
+    ((1.0, 0.0, 2), "not shown"), ((1.0, 1.0, 3), "not shown"), ((-1.0, 1.0, 3), "not shown"),
+    ((0.0, 0.0, 3), "not shown"),
     (None, "not shown")])
 def test_a_difference_is_shown_where_its_interval_excludes_zero(interval, expected):
     assert evaluate.verdict(interval) == expected

@@ -586,7 +586,8 @@ def test_a_variational_run_trains_both_its_terms(tiny, tmp_path, drawn):
 
 
 def test_the_test_loss_has_every_trained_term_without_a_decoder(tiny, tmp_path):
-    folder = run(tiny, tmp_path, "--version", "vae", "--classifier", "L'(10)", "--alpha", "1", "--beta", "0", "--kl", "0.5")
+    folder = run(tiny, tmp_path, "--version", "vae", "--classifier", "L'(10)", "--alpha", "1", "--beta", "0",
+                 "--kl", "0.5")
     for row in log(folder):
         for part in ("train", "test"):
             loss = float(row[f"{part}_classifier"]) + 0.5 * float(row[f"{part}_kl"])
@@ -1624,6 +1625,7 @@ def test_a_run_that_fails_stops_no_other(pair, tiny, tmp_path, monkeypatch, caps
     printed, error = capsys.readouterr()
     assert "1 of 3 runs are finished already" in printed
     name = "v3_encoder-C8-C8-C8-C8-C8-C8_dataset-tiny_epochs2"
+    assert f"\nrun{' ' * (len(name) - 3)}  accuracy      PSNR        time\n" in printed
     assert f"1 of 3 runs failed: {name}; the same command tries them again" in error
     message = re.search(rf"^{name}: failed: train.py: error: (.*) \(status 2; its output is in (.*)\)$", printed,
                         re.MULTILINE)
