@@ -623,8 +623,9 @@ def test_the_best_epoch_is_chosen_on_held_out_images_where_there_are_any():
     assert evaluate.best_row(rows) is rows[1] and evaluate.chosen_on(rows) == "test"
 
 
-def test_the_held_out_images_are_measured_and_choose_the_best_epoch(tiny, tmp_path):
+def test_the_held_out_images_are_measured_and_choose_the_best_epoch(tiny, tmp_path, capsys):
     folder = run(tiny, tmp_path, "--version", "v3", "--val-share", "0.3", "--epochs", "4", "--lr", "0.05")
+    assert ": 42 training, 18 held-out and 30 test images" in capsys.readouterr().out
     model, content = evaluate.load_checkpoint(folder / "best.pt")
     s = content["settings"]
     held_out = evaluate.measure(model, evaluate.prepare_data(s).val, s)
