@@ -58,7 +58,7 @@ def explain(error):
         return 130, "interrupted"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         return 1, f"stopped: out of memory ({text}); a smaller --batch-size, --size or --train-size needs less"
-    if isinstance(error, dist.DistError) or dist.is_initialized() and re.search("gloo|NCCL", text):
+    if isinstance(error, dist.DistError) or type(error) is RuntimeError and re.search("gloo|NCCL", text):
         return 1, f"stopped: another process has ended ({text})"
     if isinstance(error, OSError) and error.filename is not None:
         return 2, f"error: {error.filename}: {error.strerror}"
