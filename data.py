@@ -157,7 +157,7 @@ def _find(dataset, data_dir, test_only, test_share, seed):
     expected = "a folder of images in train/<class> and test/<class> or in <class>, or an .npz file"
     if path.exists():
         raise DataError(f"{path}: expected {expected}")
-    moved = "; where it has moved, --dataset names its place" if path.is_absolute() else ""
+    moved = "; where a run's data has moved, --dataset names its place" if path.is_absolute() else ""
     raise DataError(f"no data set {dataset!r}; expected one of {' '.join(NAMES)} shapes, {expected}{moved}")
 
 
@@ -342,10 +342,13 @@ def read_picture(path, channels=3, fit=None, blur=0.0):
 def _sides(path):
     """(width, height) of a picture, from its file's header; (0, 0) of a damaged one, which is named when it is read."""
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            turned = image.getexif().get(274, 1) > 4  # the orientation: by a quarter, as `read_image` turns it
-            return image.size[::-1] if turned else image.size
+            with Image.open(path) as image:
+                # The orientation: by a quarter, as `read_image` turns it. Pillow has turned a TIFF's size. A PNG's
+                # own getexif decodes the whole picture.
+                turned = image.format != "TIFF" and Image.Image.getexif(image).get(274, 1) in (5, 6, 7, 8)
+                return image.size[::-1] if turned else image.size
     except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError):
         return 0, 0
 

@@ -196,12 +196,10 @@ def fits(value, accepts, low=-math.inf, high=math.inf):
         return type(value) is str and value in accepts
     if type(value) is not accepts and not (accepts is float and type(value) is int):
         return False
-    if accepts is str:
-        return not re.search(r"[\x00-\x1f\x7f-\x9f]", value)  # control codes, which would reach a terminal
     if accepts is list:
-        return all(fits(each, str) for each in value)
+        return all(type(each) is str for each in value)
     if accepts is dict:
-        return all(fits(name, str) and fits(share, float, 0, 1) for name, share in value.items())
+        return all(type(name) is str and fits(share, float, 0, 1) for name, share in value.items())
     return accepts not in (int, float) or low <= value <= high
 
 
@@ -221,7 +219,6 @@ def load_checkpoint(path):
     for name, (default, *accepted) in NEEDED.items():
         value = values[name]
         require((value is None and default is None) or fits(value, *accepted), f"its setting {name} is not valid")
-    require(fits(content["classes"], list), "its classes are not valid")
     require(fits(content.get("epoch"), int, 1), "it has no epoch")
     there = [part for part in ("classifier", "decoder") if getattr(model, part) is not None]
     require(type(parts) is list and parts and all(part in there for part in parts), "it does not say what is trained")
@@ -579,7 +576,7 @@ class Run(NamedTuple):
     rows: list      # of log.csv: dicts of floats, None where a cell is empty
     metrics: dict   # of metrics.json
     network: str    # of config.json: a row of VERSIONS may have changed
-    images: str     # its test images, by their hash or their source: files may have changed
+    images: str     # its test images, by their hash: files may have changed; None where the seed draws them
 
 
 # Settings in which repetitions of one run may differ.
@@ -612,9 +609,9 @@ def read_run(folder):
         config, metrics = (json.loads((folder / name).read_text()) for name in ("config.json", "metrics.json"))
         if metrics["epochs"] != config["settings"]["epochs"] or "seed" not in config["settings"]:
             raise ValueError
-        # Test images that the seed draws differ within a group: they are known by where they were drawn from.
+        # Test images that the seed draws differ within a group.
         drawn = config["settings"].get("test_size") or config.get("test_drawn")
-        images = config.get("source") if drawn else config.get("hashes", {}).get("test")
+        images = None if drawn else config.get("hashes", {}).get("test")
         return Run(folder.resolve(), config["settings"] | {"precision": config["precision"]}, rows, metrics,
                    json.dumps(config.get("network")), images)
     except (OSError, KeyError, ValueError, IndexError, TypeError) as error:
@@ -800,11 +797,13 @@ def references(groups, against):
     if not any(setting in run.settings for run in firsts.values()):
         raise UsageError(f"--against {against}: {flag} is no setting of these runs")
     for name, run in firsts.items():
-        for other, candidate in firsts.items():
-            if (other != name and names_value(value, candidate.settings.get(setting))
-                    and kind_of(candidate.settings, setting) == kind_of(run.settings, setting)
-                    and (candidate.images == run.images or setting in SHOWN)):
-                pairs[name] = other
+        found = [other for other, candidate in firsts.items()
+                 if other != name and names_value(value, candidate.settings.get(setting))
+                 and kind_of(candidate.settings, setting) == kind_of(run.settings, setting)]
+        same = [other for other in found if firsts[other].images == run.images]
+        # Other test images only where the setting itself makes them different, and one reference is meant.
+        if same or len(found) == 1 and setting in SHOWN and not names_value(value, run.settings.get(setting)):
+            pairs[name] = (same or found)[-1]
     if not pairs:
         raise UsageError(f"--against {against}: no two groups differ in {flag} alone, one of them with {value}")
     return pairs
@@ -1231,7 +1230,8 @@ def numbers(text):
 
 def fail(message):
     """An ArgumentParser's `error`."""
-    advice = {"arguments": "; -h lists all flags", "one argument": "; one that begins with - is written --flag=-..."}
+    advice = {"arguments": "; -h lists all flags",
+              "one argument": "; a value that begins with - is written --flag=-..."}
     raise UsageError(message + "".join(text for words, text in advice.items() if words in message))
 
 

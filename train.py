@@ -1088,7 +1088,7 @@ def fingerprint(split):
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
-BITS = "torch", "machine", "device", "processes"  # of config.json: what a run's bits depend on beside its settings
+BITS = "torch", "machine", "processes"  # of config.json: what a run's bits depend on beside its settings
 
 
 def keep_config(requested, s, dataset, model, folder, output, command):
@@ -1118,9 +1118,9 @@ def keep_config(requested, s, dataset, model, folder, output, command):
                              f"{listed(first[key])}, as when the run began")
     changed = [f"{key} {first[key]}, now {config[key]}" for key in BITS if first.get(key, config[key]) != config[key]]
     if changed:
-        print(f"train.py: warning: the run began with {'; '.join(changed)}: its result will differ slightly from that "
+        print(f"train.py: warning: the run began with {'; '.join(changed)}: its result may differ slightly from that "
               "of an uninterrupted run", file=sys.stderr)
-    part = ("command", "git", "started", "python", *BITS)
+    part = ("command", "git", "started", "python", "device", *BITS)
     resumed = first.get("resumed", []) + [{key: config[key] for key in part}]
     evaluate.write_json(folder / "config.json", config | {key: first[key] for key in part if key in first}
                         | {"resumed": resumed})

@@ -530,6 +530,16 @@ def test_pictures_of_a_class_that_is_left_out_may_be_unequal_or_damaged(tmp_path
             data.load(str(root))
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_sides_of_a_picture_are_those_that_it_is_read_with(tmp_path, suffix, orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.new("RGB", (6, 4)).save(tmp_path / f"a.{suffix}", exif=exif)
+    height, width, _ = data.read_image(tmp_path / f"a.{suffix}").shape
+    assert data._sides(tmp_path / f"a.{suffix}") == (width, height)
+
+
 def test_test_images_are_the_same_whether_the_training_images_are_read_or_not(tmp_path):
     """One training picture of another size: all are then fitted as they are read, not batch by batch."""
     root = make_folder(tmp_path)

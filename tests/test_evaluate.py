@@ -786,8 +786,6 @@ def test_seeds_that_draw_other_test_images_are_one_group(size, folder_drawn, com
         write_origin(folder, hashes={"train": f"{seed}", "test": f"{seed}"}, test_drawn=folder_drawn)
     row, = compared(tmp_path / "runs")
     assert row["n"] == "2"
-    write_origin(folder, source="another folder")  # images drawn from other images are other data
-    assert len(compared(tmp_path / "runs")) == 2
 
 
 def test_a_comparison_of_some_runs_leaves_that_of_their_folder(tmp_path, monkeypatch, capsys):
@@ -861,6 +859,9 @@ def test_against_a_setting_never_pairs_runs_on_different_data(compared, tmp_path
         write_origin(folder, hashes={"train": "a", "test": "blurred"})
     rows = {row["run"]: row for row in compared(tmp_path / "a", "--against", "blur=0")}
     assert rows["v3_beta1_blur1"]["difference"] == "-11.00 ± 0.00"
+    # With a second set of data, which of the two is meant is open.
+    with pytest.raises(SystemExit):
+        evaluate.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b"), "--against", "blur=0"])
 
 
 def test_runs_of_other_seeds_are_compared_unpaired(compared, tmp_path):
