@@ -95,7 +95,7 @@ def load(dataset=None, data_dir="data", *, size=None, classes=None, train_size=N
     <class>/* alone; an .npz of x_train, y_train, x_test, y_test. None is CIFAR-10 or, where that is
     unavailable, `shapes`. size: what a folder's pictures are scaled and cropped to as they are read, if they
     are of unequal sizes or the first one has more pixels; all others are scaled by `batches`. test_only: the
-    training part is empty, its images are not read. test_share: of a folder without train/ and test/, the
+    training part is empty, its images are not decoded. test_share: of a folder without train/ and test/, the
     share of each class that is drawn for the test. A large folder's pictures, once decoded, are kept in it as
     a hidden .npy.
 
@@ -443,11 +443,10 @@ def _read_folder(index, folder, paths, size):
         stamp.update(os.fsencode(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0"))
     # Of the pictures as they are, and fitted to size; larger ones are always fitted.
     caches = [folder / f".cache-{kind}-{stamp.hexdigest()[:16]}.npy" for kind in ("full", size)]
-    if size is not None and size * size < math.prod(_sides(paths[0])):
-        caches[0] = caches[1]
+    fit = size is not None and size * size < math.prod(_sides(paths[0]))
 
     def open_cache():
-        for cache in caches:
+        for cache in caches[fit:]:
             with contextlib.suppress(Exception):  # not there or damaged: whatever NumPy meets first
                 images = np.load(cache, mmap_mode="r")
                 valid = images.dtype == np.uint8 and images.ndim == 4 and images.shape[::3] == (len(paths), 3)
@@ -464,7 +463,7 @@ def _read_folder(index, folder, paths, size):
                 fcntl.lockf(stack.enter_context(open(folder / ".cache.lock", "w")), fcntl.LOCK_EX)
             images = open_cache()
         if images is None:
-            images, rows = _decode_folder(rows, len(index.test.labels), folder, paths, size, free,
+            images, rows = _decode_folder(rows, len(index.test.labels), folder, paths, size, fit, free,
                                           caches if keep else None)
     images = images[rows]
     blocks = (images[i:i + CHUNK] for i in range(0, len(images), CHUNK))
@@ -474,11 +473,10 @@ def _read_folder(index, folder, paths, size):
     return index.map(lambda split: _split(next(parts), split.labels))
 
 
-def _decode_folder(rows, tests, folder, paths, size, free, caches):
+def _decode_folder(rows, tests, folder, paths, size, fit, free, caches):
     """(images, rows): decoded pictures, (n, H, W, 3), and which of them are those of `rows`, `tests` of them
-    test images. caches: where all pictures of the folder are kept as they are, and fitted to size; None:
-    only those of the rows are decoded."""
-    fit = size is not None and size * size < math.prod(_sides(paths[0]))
+    test images. fit: whether they are fitted to size, as unequal ones are too. caches: where all pictures of the
+    folder are kept as they are, and fitted to size; None: only those of the rows are decoded."""
     while True:
         if caches is None and size is not None:  # as for the whole folder, whichever pictures are chosen
             fit = fit or len({_sides(path) for path in paths} - {(0, 0)}) > 1

@@ -455,9 +455,12 @@ def first_of_each(dataset):
 
 
 def test_inputs(images, s):
-    """Normalised test images (B, C, H, W) as the network sees them: with the noise of the settings."""
-    generator = torch.Generator(images.device).manual_seed(0)
-    return data.add_noise(images, test_noise(s), generator, s.scale) if test_noise(s) else images
+    """(normalised test images (B, C, H, W) as the network sees them, with the noise of the settings; the rows of a
+    sheet that show them, none without noise)."""
+    if not test_noise(s):
+        return images, []
+    inputs = data.add_noise(images, test_noise(s), torch.Generator(images.device).manual_seed(0), s.scale)
+    return inputs, [("with noise", data.to_pixels(inputs, s.scale))]
 
 
 def draw_reconstructions(model, dataset, s, folder, note=""):
@@ -467,9 +470,8 @@ def draw_reconstructions(model, dataset, s, folder, note=""):
     chosen, names = first_of_each(dataset)
     device = dataset.test.images.device
     images = data.normalise(dataset.test.images[chosen], **preparation(s))
-    inputs = test_inputs(images, s)
+    inputs, noisy = test_inputs(images, s)
     originals, rebuilt = data.to_pixels(images, s.scale), rebuild(model, inputs, s)
-    noisy = [("with noise", data.to_pixels(inputs, s.scale))] if test_noise(s) else []
     draw_sheet([("original", originals), *noisy, ("reconstruction", rebuilt)], names, folder / "recon.png",
                f"{s.version} on {dataset.name}: test images and their reconstructions{note}")
 
@@ -955,9 +957,9 @@ SHOWN = ("dataset", "size", "margin", "scale", "classes", "test_size", "test_sha
 
 
 def draw_all(groups, path):
-    """sheet.png: the same test images as each group's first run reconstructs them, originals below, between
-    them with their noise, where there is any. Only where at most eight groups have trained decoders on one data set,
-    and that is available."""
+    """sheet.png: the same test images as each group's first run reconstructs them; below, the noisy inputs, where
+    there is noise, and the originals. Only where at most eight groups have trained decoders on one data set, and that
+    is available."""
     loaded = []
     for name, group in groups.items():
         with contextlib.suppress(UsageError, models.CheckpointError):  # missing, damaged, of another version
@@ -974,10 +976,9 @@ def draw_all(groups, path):
         return  # no longer there
     chosen, names = (each[:10] for each in first_of_each(dataset))
     images = data.normalise(dataset.test.images[chosen], **preparation(s))
-    inputs = test_inputs(images, s)
+    inputs, noisy = test_inputs(images, s)
     rows = [(name, rebuild(model, inputs, content["settings"])) for name, model, content in loaded]
-    rows += [("with noise", data.to_pixels(inputs, s.scale))] if test_noise(s) else []
-    draw_sheet([*rows, ("original", data.to_pixels(images, s.scale))], names, path,
+    draw_sheet([*rows, *noisy, ("original", data.to_pixels(images, s.scale))], names, path,
                f"{dataset.name}: reconstructions of test images")
 
 

@@ -660,6 +660,12 @@ def write_run(folder, accuracy=None, psnr=20.0, epochs=2, **changes):
     return folder
 
 
+def write_origin(folder, **changes):
+    """Changes the config.json of a run."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
 @pytest.fixture
 def compared(monkeypatch, tmp_path, capsys):
     """compared(*paths, flags): evaluate.py --compare; returns the table as a list of dicts. Draws no pictures."""
@@ -762,13 +768,10 @@ def test_runs_of_another_network_or_data_set_are_another_group(differs, tmp_path
     """Where a row of VERSIONS or the files of a data set have changed, the settings are the same."""
     for seed in range(2):
         folder = write_run(tmp_path / f"v3_seed{seed}", 50.0, seed=seed)
-        config = json.loads((folder / "config.json").read_text())
-        config |= {"network": {"encoder": "C(8)"}, "hashes": {"train": f"{seed}", "test": "0"}}
-        (folder / "config.json").write_text(json.dumps(config))
+        write_origin(folder, network={"encoder": "C(8)"}, hashes={"train": f"{seed}", "test": "0"})
     assert len(evaluate.group_runs(evaluate.collect([tmp_path]))) == 1
-    config["source"] = "/drawn/set.npz (.npz)"  # a path
-    config[differs] = {"network": {"encoder": "C(9)"}, "hashes": {"train": "0", "test": "1"}}[differs]
-    (folder / "config.json").write_text(json.dumps(config))
+    write_origin(folder, source="/drawn/set.npz (.npz)",  # a path
+                 **{differs: {"network": {"encoder": "C(9)"}, "hashes": {"train": "0", "test": "1"}}[differs]})
     assert len(evaluate.group_runs(evaluate.collect([tmp_path]))) == 2
 
 
@@ -831,12 +834,6 @@ def test_a_difference_of_some_of_the_runs_says_of_how_many_pairs(compared, tmp_p
         write_run(tmp_path / f"runs/v4_seed{seed + 2}", 50.0 + seed, seed=seed + 2, version="v4")
     _, row = compared(tmp_path / "runs")  # seeds 2 and 3: differences 0 and 1
     assert row["difference"] == f"+0.50 ± {12.706 * 0.5:.2f} (2 pairs)" and row["n"] == "4"
-
-
-def write_origin(folder, **changes):
-    """Changes the config.json of a run."""
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
 
 
 def test_against_a_setting_never_pairs_runs_on_different_data(compared, tmp_path):
