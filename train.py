@@ -236,7 +236,7 @@ SETTINGS = {
         Setting("seed", 0, Number(int, 0, 2**31), "N", "seed of weights, order, flips, shifts, crops, noise, dropout, "
                 "tiles and draws"),
         Setting("device", "auto", str, "NAME", "auto, cpu, cuda, cuda:1"),
-        Setting("precision", "auto", ("auto", "bf16", "fp32"), "", "auto is bf16 where the hardware computes it")],
+        Setting("precision", "auto", ("auto", "bf16", "fp32"), "", "auto is bf16 where the hardware is faster in it")],
 }
 # What a command does with the settings; not settings of a run.
 ACTIONS = {"output and several runs": [

@@ -6,7 +6,7 @@ In turns, on the same images, each in images per second:
              ReLU before pool, PyTorch's layers, the L2 sum in Python, .item() at every step; in a
              process of its own, which none of our settings reach
     sketch   the step of a first sketch, on a batch in memory: as the study's, but channels_last
-             and bfloat16 (where the hardware computes it), without the .item()
+             and bfloat16 (where the hardware is faster in it), without the .item()
     ours     train.train_epoch, as train.py runs it
     at once  the same in as many processes as there are threads, each with one (--jobs): all together
     floor    train.train_epoch on one batch that is already in memory, again and again

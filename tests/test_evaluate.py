@@ -67,6 +67,20 @@ def evaluate_in(folder, *flags):
 
 # ---------------------------------------------------------------- measures
 
+@pytest.mark.parametrize("vendor, flags, expected", [
+    ("GenuineIntel", "avx512f amx_bf16 avx512_bf16", "bf16"),
+    ("GenuineIntel", "avx512f avx512_bf16 avx512_fp16", "fp32"),  # measured: 73 GFLOP/s in bfloat16, 136 in float32
+    ("AuthenticAMD", "avx512f avx512_bf16", "bf16"),
+    ("AuthenticAMD", "avx2 fma", "fp32"),
+])
+def test_bfloat16_is_chosen_where_it_is_the_faster(vendor, flags, expected, monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluate, "CPUINFO", tmp_path / "cpuinfo")
+    assert evaluate.pick_precision("auto", torch.device("cpu")) == "fp32"  # not Linux: unknown
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fpu {flags}\n")
+    assert evaluate.pick_precision("auto", torch.device("cpu")) == expected
+    assert evaluate.pick_precision("bf16", torch.device("cpu")) == "bf16"
+
+
 def test_measures_by_hand():
     torch.manual_seed(0)
     images = torch.randint(0, 256, (5, 3, 4, 6), dtype=torch.uint8)
