@@ -125,8 +125,8 @@ def pick_precision(name, device):
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    text = CPUINFO.read_text() if CPUINFO.exists() else ""  # of Linux; Intel's is GenuineIntel
-    return "bf16" if re.search(r"\bamx_bf16\b|AuthenticAMD[\s\S]*\bavx512_bf16\b", text) else "fp32"
+    text = CPUINFO.read_text() if CPUINFO.exists() else ""  # of Linux alone
+    return "bf16" if "amx_bf16" in text or "AuthenticAMD" in text and "avx512_bf16" in text else "fp32"
 
 
 def autocast(device, precision):
