@@ -21,7 +21,7 @@ import socket
 import sys
 import time
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,11 +64,12 @@ class Dataset:
     labelled: Split | None = None  # the part of train whose labels are used; None: all of it
     named: bool = True             # False: the set has no class names of its own
     test_drawn: bool = False       # True: the test images were drawn, from a folder without test/
+    pool: dict = field(default_factory=dict)  # {class: hash of the images from which the seed draws its test images}
 
     def map(self, change):
         """The Dataset with change(split) in place of each of its splits."""
-        fields = {field: getattr(self, field) for field in ("train", "test", "val", "labelled")}
-        return replace(self, **{field: change(split) for field, split in fields.items() if split is not None})
+        splits = {name: getattr(self, name) for name in ("train", "test", "val", "labelled")}
+        return replace(self, **{name: change(split) for name, split in splits.items() if split is not None})
 
     def to(self, device):
         """The Dataset on a device."""
@@ -117,11 +118,13 @@ def load(dataset=None, data_dir="data", *, size=None, classes=None, train_size=N
 
     classes = classes.split(",") if isinstance(classes, str) else classes
     made, files = _find(dataset, data_dir, test_only, test_share, seed)
+    if classes:
+        made = step(f"classes {','.join(classes)}", choose, made, classes)
+    if test_size or made.test_drawn:
+        made.pool = _pool(made, files)
     if test_only:
         made.train = _pick(made.train, slice(0))
         train_size, val_share, labels, variant = None, 0, None, "complete"
-    if classes:
-        made = step(f"classes {','.join(classes)}", choose, made, classes)
     if train_size:
         made.train = step("train-size", take, made.train, train_size, seed)
     if test_size:
@@ -159,6 +162,29 @@ def _find(dataset, data_dir, test_only, test_share, seed):
         raise DataError(f"{path}: expected {expected}")
     moved = "; where a run's data has moved, --dataset names its place" if path.is_absolute() else ""
     raise DataError(f"no data set {dataset!r}; expected one of {' '.join(NAMES)} shapes, {expected}{moved}")
+
+
+def digest(images, *labels):
+    """A hash of images (N, C, H, W) uint8 and, where they are given, their labels (N,): 16 hexadecimal digits."""
+    made = hashlib.blake2b(digest_size=8)
+    for tensor in (images.permute(0, 2, 3, 1), *labels):  # without a copy of channels_last images
+        made.update(tensor.contiguous().cpu().numpy())
+    return made.hexdigest()
+
+
+def _pool(dataset, files):
+    """Dataset.pool: of a folder's index (files: what `_index_folder` returns) by the files' names and sizes."""
+    splits, made = [dataset.test, *[dataset.train] * dataset.test_drawn], {}
+    for label, name in enumerate(dataset.classes):
+        images = torch.cat([split.images[split.labels == label] for split in splits])
+        if files is not None:
+            folder, paths = files
+            listed = [(paths[row].removeprefix(str(folder)), os.path.getsize(paths[row]))
+                      for row in images.sort().values.tolist()]
+            made[name] = hashlib.blake2b(repr(listed).encode(), digest_size=8).hexdigest()
+        else:
+            made[name] = digest(images)
+    return made
 
 
 def _split(images, labels):
@@ -397,12 +423,15 @@ def _index_folder(folder, test_share, seed):
     lie at any depth below train/<class> and test/<class>, or below <class>: then a share is drawn for the test."""
     paths, labels, ends, classes = [], [], [], None
     parts = ("train", "test") if (folder / "train").is_dir() or (folder / "test").is_dir() else ("",)
+    layouts = "train/<class>/* and test/<class>/*, or <class>/* (no class may be called train or test)"
     for part in parts:
         names = sorted(each.name for each in (folder / part).glob("[!.]*") if each.is_dir())
         classes = classes or names
         if not names:
-            raise DataError(f"{folder}: has no folder {part or 'train'}/<class>; expected train/<class>/* and "
-                            "test/<class>/*, or <class>/* (no class may be called train or test)")
+            raise DataError(f"{folder}: has no folder {part or 'train'}/<class>; expected {layouts}")
+        misnamed = [name for name in names if not part and name.lower() in ("train", "training", "test", "testing")]
+        if misnamed:
+            raise DataError(f"{folder / misnamed[0]}: is no class; expected {layouts}")
         if names != classes:
             unmatched = ", ".join(sorted(set(names) ^ set(classes))[:5])
             raise DataError(f"{folder / part}: expected a folder for each class, the same in train/ and test/; "
@@ -423,8 +452,12 @@ def _index_folder(folder, test_share, seed):
         if 1 in in_class:
             raise DataError(f"{folder}: class {classes[in_class.index(1)]!r} has one picture; expected two or more, "
                             "for training and test")
-        test = resample(index, [min(max(round(test_share * count), 1), count - 1) for count in in_class], seed)
-        train = _pick(index, ~torch.isin(index.images, test.images))
+        drawn = torch.zeros(len(paths), dtype=torch.bool)
+        for label, count in enumerate(in_class):  # each class for itself: another class leaves its draw as it is
+            rows = (index.labels == label).nonzero().squeeze(1)
+            wanted = min(max(round(test_share * count), 1), count - 1)
+            drawn[rows[_drawn(_pick(index, rows), wanted, seed)]] = True
+        train, test = _pick(index, ~drawn), _pick(index, drawn)
     made = Dataset(folder.name, f"{folder} ({kind})", classes, train, test, test_drawn=len(parts) == 1)
     return made, (folder, paths)
 
@@ -652,6 +685,10 @@ def hold_out(split, share, seed):
         raise DataError(f"a share of {share:g} of {n:,} images is {count:,}; expected 1 to {n - 1:,}")
     held = torch.zeros(n, dtype=torch.bool)
     held[_drawn(split, count, seed)] = True
+    lost = set(split.labels.tolist()) - set(split.labels[~held].tolist())
+    if lost:
+        raise DataError(f"a share of {share:g} leaves no training image of the class with label {min(lost)}; leave "
+                        "that class out")
     return _pick(split, ~held), _pick(split, held)
 
 

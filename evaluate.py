@@ -217,6 +217,7 @@ def load_checkpoint(path):
             raise UsageError(f"{path}: not a checkpoint of train.py ({what})")
     settings, parts = content.get("settings"), content.get("trained")
     require(type(settings) is dict, "it has no settings")
+    require(type(content.setdefault("pool", {})) is dict, "its hashes of the data are not valid")
     values = {name: settings.get(name, needed.default) for name, needed in NEEDED.items()}
     for name, (default, *accepted) in NEEDED.items():
         value = values[name]
@@ -542,7 +543,10 @@ def draw_plane(codes, labels, classes, path, title):
                 for which, value in zip(("first", "second"), values[-2:].flip(0).tolist())]
     figure = Figure(figsize=(7, 6))
     axis, labels = figure.subplots(), labels.cpu()
-    for label, name in enumerate(classes[:20]):
+    shown = classes[:len(MARKERS)]
+    if len(classes) > len(shown):
+        title += f",\nthe {(labels < len(shown)).sum()} of the first {len(shown)} of {len(classes)} classes"
+    for label, name in enumerate(shown):
         points = x[labels == label]
         axis.plot(points[:, 0], points[:, 1], MARKERS[label], markersize=3, linestyle="", alpha=0.6,
                   label=name, color=f"C{label % 10}")
@@ -580,7 +584,7 @@ class Run(NamedTuple):
     rows: list      # of log.csv: dicts of floats, None where a cell is empty
     metrics: dict   # of metrics.json
     network: str    # of config.json: a row of VERSIONS may have changed
-    images: str     # its test images, by their hash: files may have changed; None where the seed draws them
+    images: str     # its test images, or those from which the seed draws them, by hashes: files may have changed
 
 
 # Settings in which repetitions of one run may differ.
@@ -613,9 +617,9 @@ def read_run(folder):
         config, metrics = (json.loads((folder / name).read_text()) for name in ("config.json", "metrics.json"))
         if metrics["epochs"] != config["settings"]["epochs"] or "seed" not in config["settings"]:
             raise ValueError
-        # Test images that the seed draws differ within a group.
-        drawn = config["settings"].get("test_size") or config.get("test_drawn")
-        images = None if drawn else config.get("hashes", {}).get("test")
+        images, pool = config.get("digests", {}).get("test"), config.get("pool")
+        if pool:  # test images that the seed draws differ within a group
+            images = repr([pool, *(config["settings"].get(name) for name in ("test_size", "test_share", "blur"))])
         return Run(folder.resolve(), config["settings"] | {"precision": config["precision"]}, rows, metrics,
                    json.dumps(config.get("network")), images)
     except (OSError, KeyError, ValueError, IndexError, TypeError) as error:
@@ -1038,18 +1042,34 @@ def match_classes(dataset, classes):
 
 def load_test(model, content, device, with_train=False):
     """The checkpoint's Dataset (its test part, or both) on the device, checked against the network. UsageError."""
-    s = content["settings"]
-    dataset = match_classes(prepare_data(s, not with_train, model.version.in_shape[0]), content["classes"])
-    return check_shape(dataset, model, s).to(device)
+    dataset = load_checked(model, content, not with_train)
+    if set(content["classes"]) < set(dataset.classes):
+        dataset = data.choose(dataset, content["classes"])
+    return match_classes(dataset, content["classes"]).to(device)
 
 
-def check_shape(dataset, model, s):
-    """The Dataset, if the network takes its images, scaled to s.size where that is set. UsageError."""
-    shape, wanted = tuple(dataset.test.images.shape[1:]), tuple(model.version.in_shape)
+def load_checked(model, content, test_only):
+    """The Dataset of a checkpoint's settings, if the network takes its images and their test images are none that it
+    was trained on. UsageError, DataError."""
+    s, wanted = content["settings"], tuple(model.version.in_shape)
+    dataset = prepare_data(s, test_only, wanted[0])
+    shape = tuple(dataset.test.images.shape[1:])
     if shape[0] != wanted[0] or (s.size is None and shape != wanted):
         raise UsageError(f"--dataset {s.dataset}: has images of {'x'.join(map(str, shape))}, the checkpoint takes "
                          f"{'x'.join(map(str, wanted))}")
+    changed = [name for name, value in content["pool"].items() if dataset.pool.get(name) != value]
+    if changed and dataset.test_drawn:
+        raise UsageError(f"{dataset.source}: the files of class {changed[0]!r} are not those of the training, so that "
+                         "training images would be drawn for the test; expected the folder as it was, or --dataset "
+                         "FOLDER with other test images")
     return dataset
+
+
+def is_moved(given, before):
+    """Whether --dataset names the place of the data that the checkpoint was trained with: their own, or of the same
+    name where there is nothing left at theirs."""
+    given, before = Path(given).resolve(), Path(before)
+    return given == before or (before.is_absolute() and given.name == before.name and not before.exists())
 
 
 MEASURES = [("MSE", "mse", "{:.6f}"), ("MAE", "mae", "{:.5f}"), ("PSNR", "psnr", "{:.2f} dB"),
@@ -1138,7 +1158,7 @@ def report_anomaly(model, content, device, name, folder):
                          f"it: --classes {others}")
     s.classes = [*classes, name]
     try:
-        dataset = check_shape(prepare_data(s, True, model.version.in_shape[0]), model, s).to(device)
+        dataset = load_checked(model, content, True).to(device)
     except data.DataError as error:  # that it has no such class
         raise UsageError(f"--anomaly {name}: {re.sub('^--classes [^:]*: ', '', str(error))}") from None
     unseen = dataset.test.labels == dataset.classes.index(name)
@@ -1186,8 +1206,10 @@ def evaluate(args):
     if s.precision != "fp32":
         s.precision = pick_precision("auto", device)
     torch.backends.cudnn.allow_tf32 = s.precision != "fp32"
-    if args.dataset:
-        s.dataset, s.classes, s.test_size, s.train_size = args.dataset, None, None, None
+    if args.dataset and is_moved(args.dataset, s.dataset):
+        s.dataset = args.dataset
+    elif args.dataset:
+        s.dataset, s.classes, s.test_size, s.train_size, content["pool"] = args.dataset, None, None, None, {}
         s.labels, s.val_share, s.variant, s.constrain = None, 0.0, "complete", None
         s.flip = s.flip and args.dataset not in data.NEVER_FLIPPED
         height, width = model.version.in_shape[1:]
@@ -1216,7 +1238,8 @@ def evaluate(args):
         folder.mkdir(parents=True, exist_ok=True)
         result = report(model, content, dataset, folder, args.knn)
         if args.codes:
-            arrays = {f"{part}{name}": array for part, split in (("", dataset.test), ("train_", dataset.train))
+            train = dataset.labelled or dataset.train
+            arrays = {f"{part}{name}": array for part, split in (("", dataset.test), ("train_", train))
                       for name, array in (("codes", encode(model, split, s).cpu().numpy()),
                                           ("labels", split.labels.cpu().numpy()))}
             write_codes(args.codes, **arrays, classes=np.array(content["classes"]))
@@ -1256,9 +1279,10 @@ def make_parser():
                         "several k the best on held-out training images")
     parser.add_argument("--anomaly", metavar="CLASS", help="how well the reconstruction error tells this "
                         "class, which the training left out, from the others")
-    parser.add_argument("--codes", metavar="FILE.npz", help="write the codes and labels of the test and training "
-                        "images, or the codes of --images, as plain arrays")
-    parser.add_argument("--dataset", help="another data set than the checkpoint's, with the same classes")
+    parser.add_argument("--codes", metavar="FILE.npz", help="write the codes and labels of the test and the (labelled) "
+                        "training images, or the codes of --images, as plain arrays")
+    parser.add_argument("--dataset", help="another data set than the checkpoint's, with its classes (others are "
+                        "left out); or where the checkpoint's own has moved")
     parser.add_argument("--data-dir", help="where named sets are (default: where training found them)")
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:1 (default: auto)")
     parser.add_argument("--output", help="where the report goes (default: a folder evaluation-best "

@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import csv
 import datetime
-import hashlib
 import itertools
 import json
 import math
@@ -616,7 +615,7 @@ def save(folder, model, dataset, s, phase, rows, tested, optimizer):
     """log.csv, last.pt and, where the last epoch is the best one so far, best.pt."""
     trained = ["classifier"] * evaluate.classifies(phase) + ["decoder"] * evaluate.rebuilds(s)
     content = dict(settings=vars(s), classes=dataset.classes, image_shape=list(dataset.train.images.shape[1:]),
-                   trained=trained, epoch=len(rows))
+                   trained=trained, epoch=len(rows), pool=dataset.pool)
     evaluate.write_whole(folder / "log.csv", lambda part: write_csv(part, rows))
     if evaluate.best_row(rows) is rows[-1]:
         evaluate.write_whole(folder / "best.pt", lambda part: models.save(part, model, **content))
@@ -846,6 +845,10 @@ def check_network(s, given):
         raise UsageError("--skip: changes the classifier, which is not trained with alpha 0; add --alpha 1")
     if not evaluate.classifies(s) and not evaluate.rebuilds(s):
         raise UsageError("nothing to train on: alpha, beta and delta are all 0; expected one above 0")
+    reach = {"sigmoid": ("0..1",), "tanh": ("0..1", "-1..1")}.get(version.output, tuple(data.SCALES))
+    if evaluate.rebuilds(s) and s.scale not in reach:
+        raise UsageError(f"--scale {s.scale}: the decoder of {s.version} ends in a {version.output}, which does not "
+                         f"reach its values; expected {' or '.join(reach)}")
     if "pretrained" in given and not recipe(s.version)["pretrained"]:
         raise UsageError(f"--{'' if s.pretrained else 'no-'}pretrained: {s.version} has no pretrained weights")
 
@@ -1082,12 +1085,6 @@ def listed(value):
         map(str, value))
 
 
-def fingerprint(split):
-    """A hash of a Split's labels and first hundred images, which tells data sets apart."""
-    parts = split.images[:100].cpu().numpy().tobytes(), split.labels.cpu().numpy().tobytes()
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
-
-
 BITS = "torch", "machine", "processes"  # of config.json: what a run's bits depend on beside its settings
 
 
@@ -1101,7 +1098,7 @@ def keep_config(requested, s, dataset, model, folder, output, command):
         "source": dataset.source, "test_drawn": dataset.test_drawn, "classes": dataset.classes,
         "images": {"train": len(dataset.train.labels), "test": len(dataset.test.labels)},
         "image_shape": list(dataset.train.images.shape[1:]),
-        "hashes": {"train": fingerprint(dataset.train), "test": fingerprint(dataset.test)},
+        "digests": {"train": data.digest(*dataset.train), "test": data.digest(*dataset.test)}, "pool": dataset.pool,
         "images_per_class": dict(zip(dataset.classes, data.counts(dataset.train, len(dataset.classes)))),
         "torch": torch.__version__, "python": platform.python_version(),
         "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
@@ -1112,7 +1109,7 @@ def keep_config(requested, s, dataset, model, folder, output, command):
     first = json.loads((folder / "config.json").read_text())
     config["settings"] = settings = settings | {"precision": first["settings"]["precision"]}  # "auto", as asked for
     for key, name in (("classes", "classes"), ("images", "images"), ("image_shape", "image shape"),
-                      ("hashes", "images and labels by their hashes")):
+                      ("digests", "images and labels by their hashes")):
         if key in first and config[key] != first[key]:
             raise UsageError(f"--resume {folder}: the data set's {name} are {listed(config[key])}; expected "
                              f"{listed(first[key])}, as when the run began")

@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import struct
 import sys
 from pathlib import Path
@@ -120,6 +121,61 @@ def test_a_folder_of_classes_alone_is_split_by_the_seed(tmp_path):
     half = data.load(str(root), test_share=0.5, test_only=True)
     assert data.counts(half.test, 2) == [5, 5] and len(half.train.labels) == 0
     assert "50 % drawn" in half.source
+
+
+def test_another_class_leaves_the_test_images_of_the_others(tmp_path):
+    """Else a network that was trained before would be tested on images of its training."""
+    root = class_folder(tmp_path / "bugs", train=10)
+    before = data.load(str(root))
+    shutil.copytree(root / "bee", root / "aphid")  # sorted before the others
+    after = data.choose(data.load(str(root)), ["ant", "bee"])
+    assert torch.equal(after.test.images, before.test.images) and torch.equal(after.train.images, before.train.images)
+    assert before.pool == {name: after.pool[name] for name in before.classes} and len(after.pool) == 3
+
+
+def test_the_pool_is_what_the_seed_draws_the_test_images_from(tmp_path):
+    root = class_folder(tmp_path / "bugs", train=10)
+    before = data.load(str(root)).pool
+    assert before == data.load(str(root), seed=1, test_size=2, test_only=True).pool  # not what it draws
+    shutil.copytree(root, tmp_path / "moved")
+    assert data.load(str(tmp_path / "moved")).pool == before
+    shutil.copy(root / "bee/1.png", root / "bee/99.png")
+    after = data.load(str(root)).pool
+    assert after["ant"] == before["ant"] and after["bee"] != before["bee"]
+    make_folder(tmp_path / "parts")  # with test images of its own
+    assert data.load(str(tmp_path / "parts")).pool == {}
+    whole = data.shapes(train=20, test=100)
+    arrays = {"x_train": whole.train.images, "y_train": whole.train.labels, "x_test": whole.test.images.clone(),
+              "y_test": whole.test.labels}
+    np.savez(tmp_path / "set.npz", **arrays)
+    one, two = (data.load(str(tmp_path / "set.npz"), test_size=10, seed=seed) for seed in (0, 1))
+    assert one.pool == two.pool and not torch.equal(one.test.images, two.test.images)
+    arrays["x_test"][99, 0, 31, 31] ^= 1  # of the last class
+    np.savez(tmp_path / "set.npz", **arrays)
+    changed = data.load(str(tmp_path / "set.npz"), test_size=10).pool
+    assert [changed[name] == one.pool[name] for name in one.classes] == [True] * 9 + [False]
+
+
+def test_a_digest_is_of_each_pixel_and_label():
+    split = data.shapes(train=200, test=1).train
+    before = data.digest(*split)
+    assert re.fullmatch("[0-9a-f]{16}", before) and before == data.digest(split.images.contiguous(), split.labels)
+    for index in ((0, 0, 0, 0), (199, 2, 31, 31)):
+        images = split.images.clone()
+        images[index] ^= 1
+        assert data.digest(images, split.labels) != before
+    assert data.digest(split.images, split.labels.flip(0)) != before != data.digest(split.images)
+
+
+@pytest.mark.parametrize("names", [("Train", "Test"), ("training", "testing")])
+def test_folders_of_parts_are_no_classes(names, tmp_path):
+    """In other words than train and test they would be a problem of two classes."""
+    make_folder(tmp_path / "bugs")
+    for before, name in zip(("train", "test"), names):
+        (tmp_path / "bugs" / before).rename(tmp_path / f"{before}-part")
+        (tmp_path / f"{before}-part").rename(tmp_path / "bugs" / name)
+    with pytest.raises(DataError, match=f"{names[1]}: is no class; expected train/<class>"):
+        data.load(str(tmp_path / "bugs"))
 
 
 def test_each_class_of_a_split_folder_is_in_both_parts(tmp_path):
@@ -793,6 +849,14 @@ def test_the_shapes_differ_from_each_other():
 
 
 # ---------------------------------------------------------------- draws and batches
+
+def test_what_is_held_out_leaves_an_image_of_each_class():
+    split = Split(torch.zeros(121, 1, 1, 1), torch.tensor([0] * 60 + [1] * 60 + [2]))
+    with pytest.raises(DataError, match="leaves no training image of the class with label 2"):
+        data.hold_out(split, 0.1, seed=0)
+    train, held = data.hold_out(Split(split.images, split.labels.clamp(max=1)), 0.1, seed=0)
+    assert train.labels.bincount().tolist() == [54, 55] and held.labels.bincount().tolist() == [6, 6]
+
 
 def test_take_draws_in_proportion_with_the_seed():
     labels = torch.tensor([0] * 60 + [1] * 30 + [2] * 10)

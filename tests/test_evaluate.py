@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 from argparse import Namespace
 
 import numpy as np
@@ -396,6 +397,14 @@ def test_knn_of_a_checkpoint(trained, tmp_path, capsys):
         assert f"kNN on {name}" in printed and f"{found[name]['accuracy']:.2f} %" in printed
 
 
+def test_codes_are_of_the_labelled_images_alone(tiny, tmp_path):
+    folder = train_in(tmp_path / "run", "--encoder", "C(4)", "--dataset", tiny, "--labels", "20")
+    evaluate_in(tmp_path / "out", "--ckpt", folder / "last.pt", "--codes", tmp_path / "codes.npz")
+    with np.load(tmp_path / "codes.npz") as made:
+        assert made["train_labels"].tolist() == data.load(tiny, labels=20).labelled.labels.tolist()
+        assert len(made["train_codes"]) == 20
+
+
 def test_knn_learns_from_the_labelled_images_alone(tiny, tmp_path):
     folder = train_in(tmp_path, "--encoder", "C(4)", "--dataset", tiny, "--labels", "20")
     model, content = evaluate.load_checkpoint(folder / "last.pt")
@@ -453,6 +462,50 @@ def test_an_anomaly_without_test_images_is_refused(tiny, tmp_path, capsys):
         evaluate.main(["--ckpt", str(folder / "best.pt"), "--anomaly", "bars", "--device", "cpu", "--dataset",
                        str(tmp_path / "grey.npz")])
     assert end.value.code == 2 and "has images of 1x32x32, the checkpoint takes 3x" in capsys.readouterr().err
+
+
+def noise_classes(root, *names, count=10):
+    """Folders <class>/* of noise, each picture once in the world."""
+    for name in names:
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            draw = np.random.default_rng([*name.encode(), i])
+            Image.fromarray(draw.integers(0, 256, (8, 8, 3), np.uint8)).save(root / name / f"{i}.png")
+
+
+def test_training_images_are_never_drawn_for_the_test(tmp_path, capsys):
+    """Of a folder without test/ that has got another picture since the training."""
+    noise_classes(tmp_path / "set", "ant", "bee")
+    folder = train_in(tmp_path / "run", "--dataset", str(tmp_path / "set"), "--encoder", "C(4)", "--seed", "3")
+    ckpt = str(folder / "last.pt")
+    whole = evaluate_in(tmp_path / "whole", "--ckpt", ckpt)
+    noise_classes(tmp_path / "set", "aphid")
+    after = evaluate_in(tmp_path / "anomaly", "--ckpt", ckpt, "--anomaly", "aphid")
+    assert after["mse_others"] == pytest.approx(whole["mse"], rel=1e-4)  # of the same test images as before
+    assert evaluate_in(tmp_path / "chosen", "--ckpt", ckpt) == whole  # without the new class
+    shutil.copy(tmp_path / "set/bee/0.png", tmp_path / "set/bee/00.png")
+    for flags in ([], ["--anomaly", "aphid"]):
+        with pytest.raises(SystemExit) as end:
+            evaluate.main(["--ckpt", ckpt, *flags])
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and "the files of class 'bee' are not those of the training" in error
+    noise_classes(tmp_path / "other", "ant", "bee", count=20)  # another set
+    report = evaluate_in(tmp_path / "out", "--ckpt", ckpt, "--dataset", tmp_path / "other")
+    assert sum(map(sum, report["confusion"])) == 8
+
+
+def test_data_that_has_moved_is_used_as_in_the_training(tiny, tmp_path):
+    """With the run's --classes and --test-size; another set has its classes alone."""
+    for place in ("before", "after"):
+        (tmp_path / place).mkdir()
+    own = shutil.copy(tiny, tmp_path / "before/set.npz")
+    folder = train_in(tmp_path / "run", "--dataset", str(own), "--encoder", "C(4)", "--classes", "ring,star",
+                      "--test-size", "3")
+    before = evaluate_in(tmp_path / "1", "--ckpt", folder / "last.pt")
+    own.rename(tmp_path / "after/set.npz")
+    assert evaluate_in(tmp_path / "2", "--ckpt", folder / "last.pt", "--dataset", tmp_path / "after/set.npz") == before
+    other = evaluate_in(tmp_path / "3", "--ckpt", folder / "last.pt", "--dataset", tiny)
+    assert list(map(sum, other["confusion"])) == [3, 3] and list(other["per_class"]) == ["ring", "star"]
 
 
 def test_the_first_part_of_separate_training_has_no_accuracy(tiny, trained, tmp_path, monkeypatch, capsys):
@@ -539,6 +592,16 @@ def test_a_plane_of_longer_codes_has_their_principal_components(tmp_path, monkey
     expected, found = (torch.cdist(points.double(), points.double()) for points in (plane, drawn))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     assert "(8" in seen[0].axes[0].get_xlabel()  # 25 of 29 parts of the variance, 86 %, or near it
+
+
+def test_a_plane_of_many_classes_names_how_many_it_shows(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(evaluate, "save_figure", lambda figure, path: seen.append(figure))
+    for classes in (20, 30):
+        evaluate.draw_plane(torch.rand(90, 2), torch.arange(90) % classes, [f"{i}" for i in range(classes)],
+                            tmp_path / "a.png", "codes of 90 test images")
+    titles = [figure.axes[0].get_title() for figure in seen]
+    assert titles == ["codes of 90 test images", "codes of 90 test images,\nthe 60 of the first 20 of 30 classes"]
 
 
 SAVE_FIGURE = evaluate.save_figure
@@ -777,15 +840,15 @@ def test_the_picture_shows_the_losses_of_all_runs(figures, tmp_path):
         assert {(1, 2 + more), (1, 4 + more), (2, 1 + more), (2, 1.5 + more)} <= heights
 
 
-@pytest.mark.parametrize("differs", ["network", "hashes"])
+@pytest.mark.parametrize("differs", ["network", "digests"])
 def test_runs_of_another_network_or_data_set_are_another_group(differs, tmp_path):
     """Where a row of VERSIONS or the files of a data set have changed, the settings are the same."""
     for seed in range(2):
         folder = write_run(tmp_path / f"v3_seed{seed}", 50.0, seed=seed)
-        write_origin(folder, network={"encoder": "C(8)"}, hashes={"train": f"{seed}", "test": "0"})
+        write_origin(folder, network={"encoder": "C(8)"}, digests={"train": f"{seed}", "test": "0"})
     assert len(evaluate.group_runs(evaluate.collect([tmp_path]))) == 1
     write_origin(folder, source="/drawn/set.npz (.npz)",  # a path
-                 **{differs: {"network": {"encoder": "C(9)"}, "hashes": {"train": "0", "test": "1"}}[differs]})
+                 **{differs: {"network": {"encoder": "C(9)"}, "digests": {"train": "0", "test": "1"}}[differs]})
     assert len(evaluate.group_runs(evaluate.collect([tmp_path]))) == 2
 
 
@@ -796,13 +859,14 @@ def test_a_comparison_does_without_a_damaged_checkpoint(trained, compared, tmp_p
     assert not (tmp_path / "comparison/sheet.png").exists()
 
 
-@pytest.mark.parametrize("size, folder_drawn", [(10, False), (None, True)])
-def test_seeds_that_draw_other_test_images_are_one_group(size, folder_drawn, compared, tmp_path):
-    for seed in range(2):
-        folder = write_run(tmp_path / f"runs/v3_seed{seed}", 50.0 + seed, seed=seed, test_size=size)
-        write_origin(folder, hashes={"train": f"{seed}", "test": f"{seed}"}, test_drawn=folder_drawn)
-    row, = compared(tmp_path / "runs")
-    assert row["n"] == "2"
+@pytest.mark.parametrize("size", [10, None])  # None: of a folder without test/
+def test_seeds_that_draw_other_test_images_are_one_group(size, compared, tmp_path):
+    """Of one data set alone."""
+    for name, pool, seed in (("a", "one", 0), ("b", "one", 1), ("c", "two", 2), ("d", "two", 3)):
+        folder = write_run(tmp_path / "runs" / name, 50.0 + seed, seed=seed, test_size=size)
+        write_origin(folder, digests={"train": name, "test": name}, pool={"ant": pool})
+    assert [row["n"] for row in compared(tmp_path / "runs")] == ["2", "2"]
+    assert "different test images" in (tmp_path / "comparison/comparison.md").read_text()
 
 
 def test_a_comparison_of_some_runs_leaves_that_of_their_folder(tmp_path, monkeypatch, capsys):
@@ -857,7 +921,7 @@ def test_against_a_setting_never_pairs_runs_on_different_data(compared, tmp_path
             for beta, gain in ((1.0, 1), (0.0, 0)):
                 folder = write_run(tmp_path / place / f"v3_{place}_beta{beta:g}_seed{seed}", accuracy + gain,
                                    psnr=20.0 if beta else None, seed=seed, beta=beta, data_dir=place)
-                write_origin(folder, hashes={"train": place, "test": place})
+                write_origin(folder, digests={"train": place, "test": place})
     rows = {row["run"]: row for row in compared(tmp_path / "a", tmp_path / "b", "--against", "beta=0")}
     pairs = {name: (row["difference"], row["compared with"]) for name, row in rows.items() if row["compared with"]}
     assert pairs == {f"v3_{place}_beta1": ("+1.00 ± 0.00", f"v3_{place}_beta0") for place in "ab"}
@@ -867,7 +931,7 @@ def test_against_a_setting_never_pairs_runs_on_different_data(compared, tmp_path
     # The setting may be the one that makes the test images different.
     for seed in range(2):
         folder = write_run(tmp_path / "a" / f"v3_a_beta1_blur1_seed{seed}", 40.0, seed=seed, beta=1.0, blur=1.0)
-        write_origin(folder, hashes={"train": "a", "test": "blurred"})
+        write_origin(folder, digests={"train": "a", "test": "blurred"})
     rows = {row["run"]: row for row in compared(tmp_path / "a", "--against", "blur=0")}
     assert rows["v3_beta1_blur1"]["difference"] == "-11.00 ± 0.00"
     # With a second set of data, which of the two is meant is open.

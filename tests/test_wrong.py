@@ -112,6 +112,8 @@ TRAIN = [  # flags ({} is the folder of wrong things), a part of the answer
     ("--classifier D(1.0)>L'(10)", "token 1 'D(1.0)': expected a probability"),
     ("--classifier L'(10)", "--classifier: expected --encoder NOTATION beside it, or --version NAME"),
     ("--version v4 --classifier L(128) --dataset {}/tiny.npz", "a classifier ends in L'"),
+    ("--version fashion-cnn --scale imagenet", "ends in a sigmoid, which does not reach its values; expected 0..1"),
+    ("--version joint5 --scale imagenet", "ends in a tanh, which does not reach its values; expected 0..1 or -1..1"),
     ("--decoder T(32)>T(3)", "--decoder: expected --encoder NOTATION beside it"),
     ("--version v4 --decoder T(32) --dataset {}/tiny.npz", "expected the images' 3 channels"),
     ("--version v1 --skip --dataset {}/tiny.npz", "skip joins maps"),
