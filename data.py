@@ -12,6 +12,7 @@ file needs torch, torchvision (with Pillow) and numpy, and matplotlib for the sh
 """
 import argparse
 import contextlib
+import difflib
 import hashlib
 import math
 import os
@@ -160,8 +161,10 @@ def _find(dataset, data_dir, test_only, test_share, seed):
     expected = "a folder of images in train/<class> and test/<class> or in <class>, or an .npz file"
     if path.exists():
         raise DataError(f"{path}: expected {expected}")
-    moved = "; where a run's data has moved, --dataset names its place" if path.is_absolute() else ""
-    raise DataError(f"no data set {dataset!r}; expected one of {' '.join(NAMES)} shapes, {expected}{moved}")
+    close = difflib.get_close_matches(dataset.lower(), [*NAMES, "shapes"], 1)
+    hint = "; where a run's data has moved, --dataset names its place" if path.is_absolute() else (
+        f"; did you mean {close[0]!r}?" if close else "")
+    raise DataError(f"no data set {dataset!r}; expected one of {' '.join(NAMES)} shapes, {expected}{hint}")
 
 
 def digest(images, *labels):
@@ -967,9 +970,11 @@ def save_samples(dataset, path):
     figure = Figure(figsize=(8, 0.4 + 7 * grid.shape[1] / grid.shape[2]))
     axis = figure.subplots()
     axis.imshow(grid.permute(1, 2, 0).numpy())
-    axis.set_title(f"{dataset.name}: up to ten training images of each of {len(names)} classes")
+    which = f"the first {len(names)} of " if len(names) < len(dataset.classes) else ""
+    axis.set_title(f"{dataset.name}: up to ten training images of each of {which}{len(dataset.classes)} classes",
+                   parse_math=False)  # a name may have two $
     axis.set_xticks([])
-    axis.set_yticks([(height + 2) * (row + 0.5) for row in range(len(names))], names)
+    axis.set_yticks([(height + 2) * (row + 0.5) for row in range(len(names))], names, parse_math=False)
     axis.spines[:].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, bbox_inches="tight")
@@ -1002,10 +1007,11 @@ def main(argv):
             fail(f"--size {args.size}: has no effect on {dataset.name}, of {shape}; only a folder's pictures that are "
                  "larger or of unequal sizes are scaled as they are read, all others batch by batch")
         print(f"{dataset.name}: {dataset.source}, {len(dataset.classes)} classes, images {shape}")
-        print(f"{'class':<24}{'train':>8}{'test':>8}")
+        width = max(24, *map(len, dataset.classes))
+        print(f"{'class':<{width}}{'train':>8}{'test':>8}")
         columns = [counts(split, len(dataset.classes)) for split in (dataset.train, dataset.test)]
         for name, train, test in (*zip(dataset.classes, *columns), ("total", *map(sum, columns))):
-            print(f"{name:<24}{train:>8,}{test:>8,}", flush=True)
+            print(f"{name:<{width}}{train:>8,}{test:>8,}", flush=True)
         try:
             save_samples(dataset, path)
         except OSError as error:

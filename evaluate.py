@@ -29,6 +29,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from torchvision.utils import save_image
 
 import data
@@ -163,6 +164,14 @@ def write_whole(path, write):
         raise Stopped(f"{path} cannot be written: {reason}") from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def make_output(folder):
+    """The folder of a report, where there is none. UsageError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output {folder}: expected a folder to write to ({error.strerror})") from None
 
 
 def write_json(path, content):
@@ -412,6 +421,8 @@ def knn(points, labels, queries, answers, ks, classes, seed):
 
 def save_figure(figure, path):
     """A matplotlib Figure as a PNG, with all of it inside, which its layout alone does not guarantee."""
+    for text in figure.findobj(Text):  # a name may have two $
+        text.set_parse_math(False)
     write_whole(path, lambda part: figure.savefig(part, dpi=150, bbox_inches="tight", format="png"))
 
 
@@ -430,7 +441,10 @@ def draw_sheet(rows, names, path, title):
     columns = min(10, len(names))
     bands = math.ceil(len(names) / columns)
     margin = 0.15 + 0.075 * max(len(name) for name, _ in rows)  # inches, for the rows' names
-    width, height = max(columns, 4) + margin, (len(rows) + 0.2) * bands + 0.35
+    names = ["\n".join(textwrap.wrap(name, 14 * max(columns, 4) // columns, max_lines=2, placeholder="…"))
+             for name in names]  # 14 letters are an inch
+    second = 0.14 * any("\n" in name for name in names)  # inches, for a second line of names
+    width, height = max(columns, 4) + margin, (len(rows) + 0.2 + second) * bands + 0.35
     figure = Figure(figsize=(width, height))
     axes = figure.subplots(len(rows) * bands, columns, squeeze=False)
     for axis in axes.flat:
@@ -444,9 +458,9 @@ def draw_sheet(rows, names, path, title):
     for row, axis in enumerate(axes[:, 0]):
         axis.text(-0.08, 0.5, rows[row % len(rows)][0], transform=axis.transAxes, ha="right", va="center",
                   fontsize=8)
-    figure.suptitle(title, fontsize=10, y=1 - 0.05 / height, va="top")
-    figure.subplots_adjust(left=margin / width, right=0.995, bottom=0.02, top=1 - 0.42 / height, wspace=0.06,
-                           hspace=0.06 if bands == 1 else 0.25)  # room for the names
+    figure.suptitle(title, fontsize=10, x=(margin / width + 0.995) / 2, y=1 - 0.05 / height, va="top")
+    figure.subplots_adjust(left=margin / width, right=0.995, bottom=0.02, top=1 - (0.42 + second) / height,
+                           wspace=0.06, hspace=0.06 if bands == 1 else 0.25 + second)  # room for the names
     save_figure(figure, path)
 
 
@@ -545,11 +559,11 @@ def draw_plane(codes, labels, classes, path, title):
     axis, labels = figure.subplots(), labels.cpu()
     shown = classes[:len(MARKERS)]
     if len(classes) > len(shown):
-        title += f",\nthe {(labels < len(shown)).sum()} of the first {len(shown)} of {len(classes)} classes"
+        title += f",\nshown are the {(labels < len(shown)).sum()} of the first {len(shown)} of {len(classes)} classes"
     for label, name in enumerate(shown):
         points = x[labels == label]
         axis.plot(points[:, 0], points[:, 1], MARKERS[label], markersize=3, linestyle="", alpha=0.6,
-                  label=name, color=f"C{label % 10}")
+                  label=f" {name}", color=f"C{label % 10}")  # matplotlib leaves out a label that begins with _
     axis.set(title=title, xlabel=axes[0], ylabel=axes[1])
     axis.legend(fontsize=8, markerscale=2, bbox_to_anchor=(1.01, 1), loc="upper left")
     save_figure(figure, path)
@@ -571,7 +585,8 @@ def draw_confusion(confusion, classes, path, title):
             if value >= 0.05:
                 axis.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=7,
                           color="white" if value > 55 else "black")
-    axis.set(xlabel="predicted class", ylabel="true class", title=title)
+    number = "" if few else " (its number in the list of classes, from 0)"
+    axis.set(xlabel=f"predicted class{number}", ylabel=f"true class{number}", title=title)
     figure.colorbar(picture, label="% of the true class", fraction=0.046)
     save_figure(figure, path)
 
@@ -782,7 +797,8 @@ def spread(group, key, digits, unit=""):
     values = [result_of(run, key) for run in group.values()]
     if None in values:
         return ""
-    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(set(values)) > 1 else ""
+    repeated = len(values) > 1 and key not in ("code", "parameters", "megabytes")  # which the seed does not change
+    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if repeated else ""
     return f"{np.mean(values):,.{digits}f}{deviation}{unit}"
 
 
@@ -892,7 +908,7 @@ def compare(paths, output, against=None):
     table = [f"| {' | '.join(cells)} |" for cells in (columns, *([row[title] for title in columns] for row in rows))]
     lines = [table[0], "|" + "---|" * len(columns), *table[1:], "", *notes,
              *(text for title, text in more.items() if title in columns)]
-    output.mkdir(parents=True, exist_ok=True)
+    make_output(output)
     write_whole(output / "comparison.md", lambda part: part.write_text("\n".join(lines) + "\n", encoding="utf-8"))
     draw_comparison(groups, found, f"{what}: difference from {against or first}", output / "comparison.png")
     draw_all(groups, output / "sheet.png")
@@ -931,6 +947,10 @@ def draw_comparison(groups, found, what, path):
                 axis.errorbar(mean, place, xerr=half, fmt="kd", markersize=5, capsize=3)
         axis.set(xlabel=title.replace("%", "% of the test images"), yticks=range(len(groups)),
                  yticklabels=list(groups), ylim=(len(groups) - 0.5, -0.5))
+        axis.ticklabel_format(axis="x", useOffset=False)
+        if key.startswith("accuracy"):  # an interval of two runs may be wider
+            low, high = axis.get_xlim()
+            axis.set_xlim(max(low, -2), min(high, 102))
         axis.grid(alpha=0.3)
     if curves:
         for axis, term in zip(parts[1].subplots(1, len(curves), squeeze=False)[0], curves):
@@ -995,8 +1015,10 @@ def classify_pictures(model, content, paths, device, folder):
     reconstruction. The pictures are prepared as the test images are. Returns (a list of plain dicts,
     one for each picture; their codes (N, values))."""
     s, (channels, *shape) = content["settings"], content["image_shape"]
+    for path in filter(os.path.isdir, paths):
+        raise UsageError(f"--images {path}: is a folder; expected its pictures, such as {os.path.join(path, '*.jpg')}")
     images = [data.read_picture(path, channels, fit=shape, blur=s.blur) for path in paths]
-    folder.mkdir(parents=True, exist_ok=True)
+    make_output(folder)
     results, codes = [], []
     for i, (path, image) in enumerate(zip(paths, images)):
         image = data.normalise(image.to(device), **preparation(s))
@@ -1091,8 +1113,9 @@ def report(model, content, dataset, folder, ks):
         if s.flip:
             print(f"{'  with the mirror image':<28}{result['accuracy_mirrored']:>10.2f} %  (logits of both averaged)")
         result["per_class"] = losses.per_class(result["confusion"], dataset.classes)
+        width = max(26, *map(len, dataset.classes))
         for name, value in result["per_class"].items():
-            print(f"  {name:<26}" + ("no images" if value is None else f"{value:>10.2f} %"))
+            print(f"  {name:<{width}}" + ("no images" if value is None else f"{value:>10.2f} %"))
         draw_confusion(result["confusion"], dataset.classes, folder / "confusion.png",
                        f"{s.version} on {dataset.name}: accuracy {result['accuracy']:.2f} %")
     elif model.classifier is not None:
@@ -1164,7 +1187,7 @@ def report_anomaly(model, content, device, name, folder):
     unseen = dataset.test.labels == dataset.classes.index(name)
     if unseen.all() or not unseen.any():
         raise UsageError(f"--anomaly {name}: expected test images of that class and of others")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_output(folder)
     scores = image_errors(model, dataset.test, s)
     auc = losses.roc_auc(scores[unseen], scores[~unseen])
     figure = Figure(figsize=(9.5, 4), layout="constrained")
@@ -1235,7 +1258,7 @@ def evaluate(args):
         dataset = load_test(model, content, device, with_train=bool(args.knn or args.codes))
         if args.knn:
             check_knn(args.knn, len((dataset.labelled or dataset.train).labels), s.variant)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_output(folder)
         result = report(model, content, dataset, folder, args.knn)
         if args.codes:
             train = dataset.labelled or dataset.train

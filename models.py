@@ -38,6 +38,7 @@ torchvision for BACKBONES alone.
 import contextlib
 import difflib
 import math
+import pickle
 import re
 import signal
 import socket
@@ -684,7 +685,10 @@ def load(path):
     except CheckpointError:
         raise
     except Exception as error:  # an untrusted file can fail anywhere
-        reason = re.sub(r"[^!-~]+", " ", str(error)).strip() or type(error).__name__  # on one line, no control codes
+        text = f"it has no {error}" if isinstance(error, KeyError) else f"{error}"
+        if isinstance(error, pickle.UnpicklingError):  # whose text says how to read the file nevertheless
+            text = "it is damaged or has more than tensors and plain values"
+        reason = re.sub(r"[^!-~]+", " ", text).strip() or type(error).__name__  # on one line, no control codes
         raise CheckpointError(f"{path}: not a checkpoint of train.py ({reason[:100]})") from None
     return model.eval().to(memory_format=torch.channels_last), content
 

@@ -601,7 +601,8 @@ def test_a_plane_of_many_classes_names_how_many_it_shows(tmp_path, monkeypatch):
         evaluate.draw_plane(torch.rand(90, 2), torch.arange(90) % classes, [f"{i}" for i in range(classes)],
                             tmp_path / "a.png", "codes of 90 test images")
     titles = [figure.axes[0].get_title() for figure in seen]
-    assert titles == ["codes of 90 test images", "codes of 90 test images,\nthe 60 of the first 20 of 30 classes"]
+    assert titles == ["codes of 90 test images",
+                      "codes of 90 test images,\nshown are the 60 of the first 20 of 30 classes"]
 
 
 SAVE_FIGURE = evaluate.save_figure
@@ -628,6 +629,36 @@ def test_a_sheet_of_many_classes_continues_in_further_bands(figures, tmp_path):
             assert np.allclose(axes[row, column].images[0].get_array(), start + i / 100)
     assert not any(axis.images for axis in axes[4:, 3:].flat)
     assert [axis.texts[0].get_text() for axis in axes[:, 0]] == ["original", "reconstruction"] * 3
+
+
+@pytest.mark.parametrize("count, name", [
+    (2, "a class name of many more words than fit into two lines of a column " * 2), (10, "n" * 40),
+    (13, "class number 1234"), (13, "from $4 to $5")])
+def test_long_names_overlap_nothing_in_a_sheet(count, name, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(evaluate, "save_figure",
+                        lambda figure, path: seen.append(figure) or SAVE_FIGURE(figure, path))
+    pictures = torch.zeros(count, 1, 2, 2)
+    evaluate.draw_sheet([("original", pictures), ("code", pictures)], [name] * count, tmp_path / "a.png", "title")
+    figure, = seen
+    figure.draw_without_rendering()
+    axes = np.array(figure.axes).reshape(-1, min(count, 10))
+    above = figure.texts[0].get_window_extent().y0
+    for row in range(0, len(axes), 2):
+        names = [axis.title for axis in axes[row] if axis.get_title()]
+        boxes = [title.get_window_extent() for title in names]
+        assert len(boxes) == min(count - 5 * row, 10)
+        assert not any(one.overlaps(two) for one, two in itertools.combinations(boxes, 2))
+        assert max(box.y1 for box in boxes) < above
+        assert not any(title.get_parse_math() for title in names)  # of two $
+        above = axes[row + 1, 0].get_window_extent().y0
+
+
+def test_the_classes_of_a_plane_are_all_in_its_legend(figures, tmp_path):
+    """matplotlib leaves out a label that begins with an underscore."""
+    evaluate.draw_plane(torch.rand(4, 2), torch.arange(4) % 2, ["_x", "y"], tmp_path / "a.png", "title")
+    texts = figures["a.png"].axes[0].get_legend().get_texts()
+    assert [text.get_text().strip() for text in texts] == ["_x", "y"]
 
 
 def test_the_curves_name_what_the_training_loss_alone_has(figures, tmp_path):
@@ -818,6 +849,21 @@ def test_the_picture_shows_the_differences(tmp_path, monkeypatch):
     (low, _), (high, _) = bars.get_segments()[0]
     assert (low, high) == pytest.approx((2 - 4.303 / math.sqrt(3), 2 + 4.303 / math.sqrt(3)), abs=1e-3)
     assert difference.get_xlabel() == "accuracy (%): difference from v3"
+
+
+def test_axes_of_wide_intervals_and_close_values_are_readable(figures, tmp_path):
+    """Of two runs the interval may reach beyond 0 and 100 %; equal figures have a deviation too, fixed ones none."""
+    for seed, accuracy in enumerate((30.0, 70.0)):
+        write_run(tmp_path / f"runs/v3_seed{seed}", accuracy, psnr=12.5, seed=seed)
+        write_run(tmp_path / f"runs/v3_lr0.5_seed{seed}", accuracy, psnr=12.5001, seed=seed, lr=0.5)
+    evaluate.compare([tmp_path / "runs"], tmp_path / "out")
+    accuracy, psnr, *_ = figures["comparison.png"].axes
+    assert accuracy.get_xlim() == (-2, 102)
+    figures["comparison.png"].draw_without_rendering()
+    assert psnr.xaxis.get_offset_text().get_text() == ""
+    head, _, row, *_ = (tmp_path / "out/comparison.md").read_text().splitlines()
+    row = dict(zip(*([cell.strip() for cell in line.split("|")] for line in (head, row))))
+    assert row["PSNR (dB)"] == "12.50 ± 0.00" and row["MB"] == "0.0" and row["parameters"] == "1,234"
 
 
 def test_the_picture_shows_the_losses_of_all_runs(figures, tmp_path):

@@ -87,6 +87,8 @@ def place(trained, tmp_path_factory):
     content = torch.load(run / "best.pt", weights_only=True)
     torch.save(content | {"trained": ["classifier"]}, root / "no-decoder.pt")
     torch.save(content | {"kind": "autoencoder checkpoint, format 1"}, root / "format-1.pt")
+    torch.save(torch.nn.Linear(2, 2), root / "objects.pt")
+    torch.save({"a": 1}, root / "other.pt")
     return root
 
 
@@ -268,6 +270,11 @@ TRAIN = [  # flags ({} is the folder of wrong things), a part of the answer
 ]
 
 EVALUATE = [
+    ("--ckpt {}/run/best.pt --output {}/file", "/file: expected a folder to write to"),
+    ("--ckpt {}/run/best.pt --dataset Cifar-10", "did you mean 'cifar10'?"),
+    ("--ckpt {}/objects.pt", "not a checkpoint of train.py (it is damaged or has more than tensors and plain values)"),
+    ("--ckpt {}/other.pt", "not a checkpoint of train.py (it has no 'kind')"),
+    ("--compare {}/run --output {}/file", "/file: expected a folder to write to"),
     ("", "one of the arguments --ckpt --compare is required"),
     ("--ckpt {}/run/best.pt --compare {}/run", "not allowed with argument"),
     ("--ckpt {}/none.pt", "none.pt: no such file; expected the best.pt or last.pt of a run"),
@@ -276,7 +283,7 @@ EVALUATE = [
     ("--ckpt {}/run/best.pt --images {}/file", "file: not a picture"),
     ("--ckpt {}/run/best.pt --images {}/none.png", "none.png: cannot be read"),
     ("--ckpt {}/run/best.pt --images {}/cut/test/b/1.png", "1.png: cannot be read as a picture"),
-    ("--ckpt {}/run/best.pt --images {}/empty", "empty: cannot be read as a picture"),
+    ("--ckpt {}/run/best.pt --images {}/empty", "empty: is a folder; expected its pictures, such as"),
     ("--ckpt {}/run/best.pt --dataset {}/none", "no data set"),
     ("--ckpt {}/run/best.pt --dataset {}/two.npz", "has 2 classes, the checkpoint 10"),
     ("--ckpt {}/run/best.pt --dataset {}/names.npz", "its class 'dog' is none of the checkpoint's: circle ring"),
