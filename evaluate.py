@@ -1079,7 +1079,8 @@ def load_checked(model, content, test_only):
     if shape[0] != wanted[0] or (s.size is None and shape != wanted):
         raise UsageError(f"--dataset {s.dataset}: has images of {'x'.join(map(str, shape))}, the checkpoint takes "
                          f"{'x'.join(map(str, wanted))}")
-    changed = [name for name, value in content["pool"].items() if dataset.pool.get(name) != value]
+    pool = content["pool"]  # None: of another data set than the training's
+    changed = [name for name in content["classes"] if pool is not None and pool.get(name) != dataset.pool.get(name, "")]
     if changed and dataset.test_drawn:
         raise UsageError(f"{dataset.source}: the files of class {changed[0]!r} are not those of the training, so that "
                          "training images would be drawn for the test; expected the folder as it was, or --dataset "
@@ -1193,7 +1194,7 @@ def report_anomaly(model, content, device, name, folder):
     figure = Figure(figsize=(9.5, 4), layout="constrained")
     axes = figure.subplots(1, 2)
     bins = torch.linspace(0, scores.quantile(0.99).item(), 40).numpy()
-    for chosen, label, style in ((~unseen, "the trained classes", "-"), (unseen, name, "--")):
+    for chosen, label, style in ((~unseen, "the trained classes", "-"), (unseen, f" {name}", "--")):
         axes[0].hist(scores[chosen].cpu().numpy(), bins, density=True, histtype="step", label=label,
                      linestyle=style)
     axes[0].set(title="reconstruction error", xlabel="MSE of an image (pixels of 0-1)", ylabel="density (1 / MSE)")
@@ -1232,7 +1233,7 @@ def evaluate(args):
     if args.dataset and is_moved(args.dataset, s.dataset):
         s.dataset = args.dataset
     elif args.dataset:
-        s.dataset, s.classes, s.test_size, s.train_size, content["pool"] = args.dataset, None, None, None, {}
+        s.dataset, s.classes, s.test_size, s.train_size, content["pool"] = args.dataset, None, None, None, None
         s.labels, s.val_share, s.variant, s.constrain = None, 0.0, "complete", None
         s.flip = s.flip and args.dataset not in data.NEVER_FLIPPED
         height, width = model.version.in_shape[1:]

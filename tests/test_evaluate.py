@@ -483,6 +483,12 @@ def test_training_images_are_never_drawn_for_the_test(tmp_path, capsys):
     after = evaluate_in(tmp_path / "anomaly", "--ckpt", ckpt, "--anomaly", "aphid")
     assert after["mse_others"] == pytest.approx(whole["mse"], rel=1e-4)  # of the same test images as before
     assert evaluate_in(tmp_path / "chosen", "--ckpt", ckpt) == whole  # without the new class
+    content = torch.load(ckpt, weights_only=True)
+    del content["pool"]  # a checkpoint that does not say what its test images were drawn from
+    torch.save(content, tmp_path / "older.pt")
+    with pytest.raises(SystemExit):
+        evaluate.main(["--ckpt", str(tmp_path / "older.pt")])
+    assert "of class 'ant' are not those" in capsys.readouterr().err
     shutil.copy(tmp_path / "set/bee/0.png", tmp_path / "set/bee/00.png")
     for flags in ([], ["--anomaly", "aphid"]):
         with pytest.raises(SystemExit) as end:
