@@ -65,7 +65,9 @@ class Dataset:
     labelled: Split | None = None  # the part of train whose labels are used; None: all of it
     named: bool = True             # False: the set has no class names of its own
     test_drawn: bool = False       # True: the test images were drawn, from a folder without test/
-    pool: dict = field(default_factory=dict)  # {class: hash of the images from which the seed draws its test images}
+    # {class: a hash of the images, of a folder the files' names and sizes, from which the seed draws its test images}
+    pool: dict = field(default_factory=dict)
+    digests: dict = field(default_factory=dict)  # {"train": the `digest` of that part, ...}, where train.py has set it
 
     def map(self, change):
         """The Dataset with change(split) in place of each of its splits."""
@@ -132,6 +134,10 @@ def load(dataset=None, data_dir="data", *, size=None, classes=None, train_size=N
         made.test = step("test-size", take, made.test, test_size, seed)
     if val_share:
         made.train, made.val = step("val-share", hold_out, made.train, val_share, seed)
+        lost = set(made.val.labels.tolist()) - set(made.train.labels.tolist())
+        if lost:
+            raise DataError(f"--val-share {val_share:g}: leaves no training image of class "
+                            f"{made.classes[min(lost)]!r}; expected two or more, or --classes without it")
     if files is not None:  # only the chosen pictures of a folder are read
         made = _read_folder(made, *files, size)
     made.train, made.synthetic = step(f"variant {variant}", vary, made.train, made.classes, variant, constrain, seed)
@@ -167,26 +173,26 @@ def _find(dataset, data_dir, test_only, test_share, seed):
     raise DataError(f"no data set {dataset!r}; expected one of {' '.join(NAMES)} shapes, {expected}{hint}")
 
 
-def digest(images, *labels):
-    """A hash of images (N, C, H, W) uint8 and, where they are given, their labels (N,): 16 hexadecimal digits."""
-    made = hashlib.blake2b(digest_size=8)
-    for tensor in (images.permute(0, 2, 3, 1), *labels):  # without a copy of channels_last images
-        made.update(tensor.contiguous().cpu().numpy())
+def digest(dataset, split):
+    """A hash of a Split of a Dataset, 16 hexadecimal digits, which tells data sets apart: of its labels and images, but
+    of `shapes`, whose last bits depend on the processor, of its labels alone."""
+    made = hashlib.blake2b(split.labels.cpu().numpy(), digest_size=8)
+    if dataset.source != DRAWN:
+        made.update(split.images.permute(0, 2, 3, 1).contiguous().cpu().numpy())  # no copy of channels_last images
     return made.hexdigest()
 
 
 def _pool(dataset, files):
-    """Dataset.pool: of a folder's index (files: what `_index_folder` returns) by the files' names and sizes."""
+    """Dataset.pool; files: what `_index_folder` returns, or None."""
     splits, made = [dataset.test, *[dataset.train] * dataset.test_drawn], {}
     for label, name in enumerate(dataset.classes):
-        images = torch.cat([split.images[split.labels == label] for split in splits])
-        if files is not None:
-            folder, paths = files
-            listed = [(paths[row].removeprefix(str(folder)), os.path.getsize(paths[row]))
-                      for row in images.sort().values.tolist()]
-            made[name] = hashlib.blake2b(repr(listed).encode(), digest_size=8).hexdigest()
-        else:
-            made[name] = digest(images)
+        if files is None:
+            made[name] = digest(dataset, _pick(dataset.test, dataset.test.labels == label))
+            continue
+        folder, paths = files
+        rows = torch.cat([split.images[split.labels == label] for split in splits]).sort().values.tolist()
+        listed = [(paths[row].removeprefix(str(folder)), os.path.getsize(paths[row])) for row in rows]
+        made[name] = hashlib.blake2b(repr(listed).encode(), digest_size=8).hexdigest()
     return made
 
 
@@ -432,9 +438,9 @@ def _index_folder(folder, test_share, seed):
         classes = classes or names
         if not names:
             raise DataError(f"{folder}: has no folder {part or 'train'}/<class>; expected {layouts}")
-        misnamed = [name for name in names if not part and name.lower() in ("train", "training", "test", "testing")]
-        if misnamed:
-            raise DataError(f"{folder / misnamed[0]}: is no class; expected {layouts}")
+        misnamed = [name for name in names if name.lower() in ("train", "training", "test", "testing")]
+        if not part and len({name[:2].lower() for name in misnamed}) == 2:  # tr, te
+            raise DataError(f"{folder}: has the folders {' and '.join(misnamed)}; expected {layouts}")
         if names != classes:
             unmatched = ", ".join(sorted(set(names) ^ set(classes))[:5])
             raise DataError(f"{folder / part}: expected a folder for each class, the same in train/ and test/; "
@@ -598,7 +604,7 @@ OUTSIDE = {
     "arrow": lambda x, y: torch.minimum(_triangle(x * 1.2, (y + 0.35) * 1.2, 0.9), _box(x, y - 0.4, 0.2, 0.6)),
     "bars": lambda x, y: _box(x.abs() - 0.5, y, 0.25, 0.9),  # two, upright
 }
-SHAPES = list(OUTSIDE)
+SHAPES, DRAWN = list(OUTSIDE), "drawn by data.py"
 
 
 def shapes(train=10_000, test=2_000, side=32, seed=7):
@@ -642,7 +648,7 @@ def shapes(train=10_000, test=2_000, side=32, seed=7):
     images = below + (above - below) * cover
     images += 0.02 * torch.randn(images.shape, generator=g)
     images = (images.clamp(0, 1) * 255).round().to(torch.uint8)
-    return Dataset("shapes", "drawn by data.py", list(SHAPES),
+    return Dataset("shapes", DRAWN, list(SHAPES),
                    _split(images[:train], labels[:train]), _split(images[train:], labels[train:]))
 
 
@@ -688,10 +694,6 @@ def hold_out(split, share, seed):
         raise DataError(f"a share of {share:g} of {n:,} images is {count:,}; expected 1 to {n - 1:,}")
     held = torch.zeros(n, dtype=torch.bool)
     held[_drawn(split, count, seed)] = True
-    lost = set(split.labels.tolist()) - set(split.labels[~held].tolist())
-    if lost:
-        raise DataError(f"a share of {share:g} leaves no training image of the class with label {min(lost)}; leave "
-                        "that class out")
     return _pick(split, ~held), _pick(split, held)
 
 

@@ -227,6 +227,7 @@ def load_checkpoint(path):
     settings, parts = content.get("settings"), content.get("trained")
     require(type(settings) is dict, "it has no settings")
     require(type(content.setdefault("pool", {})) is dict, "its hashes of the data are not valid")
+    content.setdefault("test", None)
     values = {name: settings.get(name, needed.default) for name, needed in NEEDED.items()}
     for name, (default, *accepted) in NEEDED.items():
         value = values[name]
@@ -242,7 +243,7 @@ def load_checkpoint(path):
             "its network is of another size")
     require(not values["delta"] or not any(side % values["jigsaw_grid"] for side in model.version.in_shape[1:]),
             "its jigsaw grid does not divide the images")
-    content["settings"] = Namespace(**values)
+    content["settings"] = Namespace(**values | {"classes": content["classes"]})  # others may be there by now
     return model, content
 
 
@@ -997,9 +998,9 @@ def draw_all(groups, path):
         return
     s = loaded[0][2]["settings"]
     try:
-        dataset = prepare_data(s, True, loaded[0][1].version.in_shape[0])
-    except data.DataError:
-        return  # no longer there
+        dataset = load_checked(*loaded[0][1:], True)
+    except (data.DataError, UsageError):
+        return  # no longer there, or changed
     chosen, names = (each[:10] for each in first_of_each(dataset))
     images = data.normalise(dataset.test.images[chosen], **preparation(s))
     inputs, noisy = test_inputs(images, s)
@@ -1065,14 +1066,14 @@ def match_classes(dataset, classes):
 def load_test(model, content, device, with_train=False):
     """The checkpoint's Dataset (its test part, or both) on the device, checked against the network. UsageError."""
     dataset = load_checked(model, content, not with_train)
-    if set(content["classes"]) < set(dataset.classes):
+    if set(content["classes"]) < set(dataset.classes):  # of another data set
         dataset = data.choose(dataset, content["classes"])
     return match_classes(dataset, content["classes"]).to(device)
 
 
 def load_checked(model, content, test_only):
-    """The Dataset of a checkpoint's settings, if the network takes its images and their test images are none that it
-    was trained on. UsageError, DataError."""
+    """The Dataset of a checkpoint's settings, if the network takes its images. Where they are the training's own, but
+    the test images may be others, of which some were trained on: UsageError. DataError."""
     s, wanted = content["settings"], tuple(model.version.in_shape)
     dataset = prepare_data(s, test_only, wanted[0])
     shape = tuple(dataset.test.images.shape[1:])
@@ -1080,19 +1081,26 @@ def load_checked(model, content, test_only):
         raise UsageError(f"--dataset {s.dataset}: has images of {'x'.join(map(str, shape))}, the checkpoint takes "
                          f"{'x'.join(map(str, wanted))}")
     pool = content["pool"]  # None: of another data set than the training's
-    changed = [name for name in content["classes"] if pool is not None and pool.get(name) != dataset.pool.get(name, "")]
-    if changed and dataset.test_drawn:
-        raise UsageError(f"{dataset.source}: the files of class {changed[0]!r} are not those of the training, so that "
-                         "training images would be drawn for the test; expected the folder as it was, or --dataset "
-                         "FOLDER with other test images")
+    if pool is None and dataset.test_drawn:
+        print(f"evaluate.py: note: the test images of {s.dataset} are drawn from it; where the network was trained on "
+              "a part of it, they may be training images", file=sys.stderr)
+    elif pool is not None and (pool or dataset.test_drawn):
+        changed = [name for name in content["classes"] if pool.get(name) != dataset.pool.get(name, "")]
+        if changed:
+            raise UsageError(f"{dataset.source}: the files of class {changed[0]!r} are not those of the training, so "
+                             "that training images may be among the test images; expected the folder as it was, or "
+                             "--dataset FOLDER with test images of its own")
     return dataset
 
 
-def is_moved(given, before):
-    """Whether --dataset names the place of the data that the checkpoint was trained with: their own, or of the same
-    name where there is nothing left at theirs."""
-    given, before = Path(given).resolve(), Path(before)
-    return given == before or (before.is_absolute() and given.name == before.name and not before.exists())
+def is_own(model, content, dataset):
+    """Whether --dataset names the data that the checkpoint was trained on, which may have moved: by its test images."""
+    s = Namespace(**vars(content["settings"]) | {"dataset": dataset})
+    try:
+        made = prepare_data(s, True, model.version.in_shape[0])
+    except data.DataError:  # of other classes or too few images; or unreadable, which is said when it is used
+        return False
+    return data.digest(made, made.test) == content["test"]
 
 
 MEASURES = [("MSE", "mse", "{:.6f}"), ("MAE", "mae", "{:.5f}"), ("PSNR", "psnr", "{:.2f} dB"),
@@ -1230,7 +1238,9 @@ def evaluate(args):
     if s.precision != "fp32":
         s.precision = pick_precision("auto", device)
     torch.backends.cudnn.allow_tf32 = s.precision != "fp32"
-    if args.dataset and is_moved(args.dataset, s.dataset):
+    if args.data_dir or not Path(s.data_dir).is_dir():
+        s.data_dir = args.data_dir or "data"
+    if args.dataset and is_own(model, content, args.dataset):
         s.dataset = args.dataset
     elif args.dataset:
         s.dataset, s.classes, s.test_size, s.train_size, content["pool"] = args.dataset, None, None, None, None
@@ -1238,8 +1248,6 @@ def evaluate(args):
         s.flip = s.flip and args.dataset not in data.NEVER_FLIPPED
         height, width = model.version.in_shape[1:]
         s.size = height if height == width else s.size  # pictures of other sizes are scaled
-    if args.data_dir or not Path(s.data_dir).is_dir():
-        s.data_dir = args.data_dir or "data"
     if args.codes and (not Path(args.codes).parent.is_dir() or Path(args.codes).suffix != ".npz"
                        or Path(args.codes).is_dir()):
         raise UsageError(f"--codes {args.codes}: expected a file named .npz to write in a folder that exists")

@@ -615,7 +615,8 @@ def save(folder, model, dataset, s, phase, rows, tested, optimizer):
     """log.csv, last.pt and, where the last epoch is the best one so far, best.pt."""
     trained = ["classifier"] * evaluate.classifies(phase) + ["decoder"] * evaluate.rebuilds(s)
     content = dict(settings=vars(s), classes=dataset.classes, image_shape=list(dataset.train.images.shape[1:]),
-                   trained=trained, epoch=len(rows), pool=dataset.pool)
+                   trained=trained, epoch=len(rows), test=dataset.digests["test"],
+                   pool=dataset.pool if dataset.test_drawn else {})
     evaluate.write_whole(folder / "log.csv", lambda part: write_csv(part, rows))
     if evaluate.best_row(rows) is rows[-1]:
         evaluate.write_whole(folder / "best.pt", lambda part: models.save(part, model, **content))
@@ -996,6 +997,7 @@ def prepare(s, model=None):
         torch.use_deterministic_algorithms(True, warn_only=True)
     with first_process_first():
         dataset = evaluate.prepare_data(s)
+    dataset.digests = {"train": data.digest(dataset, dataset.train), "test": data.digest(dataset, dataset.test)}
     if s.test_share != DEFAULTS["test_share"] and not dataset.test_drawn:
         raise UsageError(f"--test-share {s.test_share:g}: has no effect on {dataset.name}, which has test images of "
                          "its own; leave it out")
@@ -1098,7 +1100,7 @@ def keep_config(requested, s, dataset, model, folder, output, command):
         "source": dataset.source, "test_drawn": dataset.test_drawn, "classes": dataset.classes,
         "images": {"train": len(dataset.train.labels), "test": len(dataset.test.labels)},
         "image_shape": list(dataset.train.images.shape[1:]),
-        "digests": {"train": data.digest(*dataset.train), "test": data.digest(*dataset.test)}, "pool": dataset.pool,
+        "digests": dataset.digests, "pool": dataset.pool,
         "images_per_class": dict(zip(dataset.classes, data.counts(dataset.train, len(dataset.classes)))),
         "torch": torch.__version__, "python": platform.python_version(),
         "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
@@ -1108,12 +1110,17 @@ def keep_config(requested, s, dataset, model, folder, output, command):
         return make_folder(output, run_name(Namespace(**settings)), config)
     first = json.loads((folder / "config.json").read_text())
     config["settings"] = settings = settings | {"precision": first["settings"]["precision"]}  # "auto", as asked for
-    for key, name in (("classes", "classes"), ("images", "images"), ("image_shape", "image shape"),
-                      ("digests", "images and labels by their hashes")):
-        if key in first and config[key] != first[key]:
-            raise UsageError(f"--resume {folder}: the data set's {name} are {listed(config[key])}; expected "
-                             f"{listed(first[key])}, as when the run began")
     changed = [f"{key} {first[key]}, now {config[key]}" for key in BITS if first.get(key, config[key]) != config[key]]
+    other_bits = changed and config["digests"] != first.get("digests")  # of pixels too: another decoder or blur
+    for key, name in (("classes", "classes"), ("images", "images"), ("image_shape", "image shape"),
+                      ("digests", "images and labels by their hashes"),
+                      ("pool", "files, from which the seed draws the test images, by their hashes")):
+        known = key in first or key == "pool" and dataset.test_drawn  # older runs drew other test images
+        if known and config[key] != first.get(key) and not (key == "digests" and other_bits):
+            raise UsageError(f"--resume {folder}: the data set's {name} are {listed(config[key])}; expected "
+                             f"{listed(first.get(key, {}))}, as when the run began")
+    if other_bits and "digests" in first:
+        changed.append("other images or labels by their hashes")
     if changed:
         print(f"train.py: warning: the run began with {'; '.join(changed)}: its result may differ slightly from that "
               "of an uninterrupted run", file=sys.stderr)

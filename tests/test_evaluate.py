@@ -495,9 +495,18 @@ def test_training_images_are_never_drawn_for_the_test(tmp_path, capsys):
             evaluate.main(["--ckpt", ckpt, *flags])
         error = capsys.readouterr().err
         assert end.value.code == 2 and "the files of class 'bee' are not those of the training" in error
-    noise_classes(tmp_path / "other", "ant", "bee", count=20)  # another set
-    report = evaluate_in(tmp_path / "out", "--ckpt", ckpt, "--dataset", tmp_path / "other")
+    noise_classes(tmp_path / "place/set", "ant", "bee", count=20)  # another set, although of the same name
+    report = evaluate_in(tmp_path / "out", "--ckpt", ckpt, "--dataset", tmp_path / "place/set")
     assert sum(map(sum, report["confusion"])) == 8
+    assert f"the test images of {tmp_path / 'place/set'} are drawn from it; " in capsys.readouterr().err
+    (tmp_path / "set/train").mkdir()  # split after the training
+    for name in ("ant", "bee"):
+        (tmp_path / "set" / name).rename(tmp_path / "set/train" / name)
+    shutil.rmtree(tmp_path / "set/aphid")
+    shutil.copytree(tmp_path / "set/train", tmp_path / "set/test")
+    with pytest.raises(SystemExit):
+        evaluate.main(["--ckpt", ckpt])
+    assert "of class 'ant' are not those of the training" in capsys.readouterr().err
 
 
 def test_data_that_has_moved_is_used_as_in_the_training(tiny, tmp_path):
@@ -508,10 +517,15 @@ def test_data_that_has_moved_is_used_as_in_the_training(tiny, tmp_path):
     folder = train_in(tmp_path / "run", "--dataset", str(own), "--encoder", "C(4)", "--classes", "ring,star",
                       "--test-size", "3")
     before = evaluate_in(tmp_path / "1", "--ckpt", folder / "last.pt")
-    own.rename(tmp_path / "after/set.npz")
-    assert evaluate_in(tmp_path / "2", "--ckpt", folder / "last.pt", "--dataset", tmp_path / "after/set.npz") == before
-    other = evaluate_in(tmp_path / "3", "--ckpt", folder / "last.pt", "--dataset", tiny)
-    assert list(map(sum, other["confusion"])) == [3, 3] and list(other["per_class"]) == ["ring", "star"]
+    own.rename(tmp_path / "after/moved.npz")
+    moved = tmp_path / "after/moved.npz"
+    assert evaluate_in(tmp_path / "2", "--ckpt", folder / "last.pt", "--dataset", moved) == before
+    with np.load(tiny) as file:
+        np.savez(tmp_path / "before/set.npz", **dict(file) | {"x_test": file["x_test"] ^ 1})  # of the same name
+    for place in (tmp_path / "before/set.npz", "shapes"):
+        other = evaluate_in(tmp_path / f"3{place}".replace("/", "-"), "--ckpt", folder / "last.pt", "--dataset", place)
+        count = 3 if place != "shapes" else 200
+        assert list(map(sum, other["confusion"])) == [count] * 2 and list(other["per_class"]) == ["ring", "star"]
 
 
 def test_the_first_part_of_separate_training_has_no_accuracy(tiny, trained, tmp_path, monkeypatch, capsys):

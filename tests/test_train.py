@@ -1177,6 +1177,32 @@ def test_a_run_resumes_on_its_own_data_alone(what, change, tiny, tmp_path, capsy
     assert (folder / "config.json").read_bytes() == before and len(log(folder)) == 2
 
 
+def test_other_bits_of_the_images_on_another_machine_are_a_warning(tiny, tmp_path, monkeypatch, capsys):
+    """Another decoder of pictures or another processor's blur may round a pixel differently."""
+    path = tmp_path / "set.npz"
+    shutil.copy(tiny, path)
+    folder = run(str(path), tmp_path / "out", "--version", "v3", "--name", "one")
+    with np.load(path) as file:
+        np.savez(path, **dict(file) | {"x_test": file["x_test"] ^ 1})
+    monkeypatch.setattr(train.torch, "get_num_threads", lambda: 7)
+    assert train.main(["--resume", str(folder), "--epochs", "3", "--device", "cpu"]) == 0
+    warning, = [line for line in capsys.readouterr().err.splitlines() if "differ slightly" in line]
+    assert " 7 threads; other images or labels by their hashes: its result" in warning
+
+
+def test_a_run_whose_test_images_were_drawn_otherwise_does_not_resume(tmp_path, capsys):
+    """Of a folder without test/: the run is of a version of the program that kept no hashes of its files."""
+    data_folder(tmp_path / "noise")
+    assert train.main(["--dataset", str(tmp_path / "noise/train"), "--encoder", "C(4)", "--epochs", "1", "--output",
+                       str(tmp_path / "runs")]) == 0
+    folder, = (tmp_path / "runs").iterdir()
+    config = config_of(folder)
+    del config["pool"], config["digests"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert fails("--resume", folder, "--epochs", "2") == 2
+    assert "files, from which the seed draws the test images, by their hashes are" in capsys.readouterr().err
+
+
 def test_a_run_resumes_where_its_data_has_moved(tiny, tmp_path, capsys):
     shutil.copy(tiny, tmp_path / "before.npz")
     folder = run(str(tmp_path / "before.npz"), tmp_path / "out", "--version", "v3")
