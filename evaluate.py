@@ -227,7 +227,6 @@ def load_checkpoint(path):
     settings, parts = content.get("settings"), content.get("trained")
     require(type(settings) is dict, "it has no settings")
     require(type(content.setdefault("pool", {})) is dict, "its hashes of the data are not valid")
-    content.setdefault("test", None)
     values = {name: settings.get(name, needed.default) for name, needed in NEEDED.items()}
     for name, (default, *accepted) in NEEDED.items():
         value = values[name]
@@ -1100,7 +1099,7 @@ def is_own(model, content, dataset):
         made = prepare_data(s, True, model.version.in_shape[0])
     except data.DataError:  # of other classes or too few images; or unreadable, which is said when it is used
         return False
-    return data.digest(made, made.test) == content["test"]
+    return data.digest(made, made.test) == content.get("test")
 
 
 MEASURES = [("MSE", "mse", "{:.6f}"), ("MAE", "mae", "{:.5f}"), ("PSNR", "psnr", "{:.2f} dB"),
@@ -1265,12 +1264,12 @@ def evaluate(args):
         result = report_anomaly(model, content, device, args.anomaly, folder)
     else:
         dataset = load_test(model, content, device, with_train=bool(args.knn or args.codes))
+        train = dataset.labelled or dataset.train
         if args.knn:
-            check_knn(args.knn, len((dataset.labelled or dataset.train).labels), s.variant)
+            check_knn(args.knn, len(train.labels), s.variant)
         make_output(folder)
         result = report(model, content, dataset, folder, args.knn)
         if args.codes:
-            train = dataset.labelled or dataset.train
             arrays = {f"{part}{name}": array for part, split in (("", dataset.test), ("train_", train))
                       for name, array in (("codes", encode(model, split, s).cpu().numpy()),
                                           ("labels", split.labels.cpu().numpy()))}

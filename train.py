@@ -1111,7 +1111,8 @@ def keep_config(requested, s, dataset, model, folder, output, command):
     first = json.loads((folder / "config.json").read_text())
     config["settings"] = settings = settings | {"precision": first["settings"]["precision"]}  # "auto", as asked for
     changed = [f"{key} {first[key]}, now {config[key]}" for key in BITS if first.get(key, config[key]) != config[key]]
-    other_bits = changed and config["digests"] != first.get("digests")  # of pixels too: another decoder or blur
+    # Of pixels too: another machine's decoder of pictures, or its blur.
+    other_bits = changed and "digests" in first and config["digests"] != first["digests"]
     for key, name in (("classes", "classes"), ("images", "images"), ("image_shape", "image shape"),
                       ("digests", "images and labels by their hashes"),
                       ("pool", "files, from which the seed draws the test images, by their hashes")):
@@ -1119,7 +1120,7 @@ def keep_config(requested, s, dataset, model, folder, output, command):
         if known and config[key] != first.get(key) and not (key == "digests" and other_bits):
             raise UsageError(f"--resume {folder}: the data set's {name} are {listed(config[key])}; expected "
                              f"{listed(first.get(key, {}))}, as when the run began")
-    if other_bits and "digests" in first:
+    if other_bits:
         changed.append("other images or labels by their hashes")
     if changed:
         print(f"train.py: warning: the run began with {'; '.join(changed)}: its result may differ slightly from that "
