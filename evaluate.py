@@ -312,8 +312,16 @@ def batch_sums(tensors, inputs, images, labels, s):
     return sums
 
 
+def images_at_once(split, s):
+    """The images of a batch that is not trained on: 100; on a GPU, which starts a small batch's kernels more slowly
+    than it runs them, up to 1000, as many as have four million pixels."""
+    if split.images.device.type == "cpu":
+        return 100
+    return min(1000, max(100, 2**12 * 1000 // (s.size ** 2 if s.size else math.prod(split.images.shape[2:]))))
+
+
 @torch.no_grad()
-def measure(model, split, s, classify=True, reconstruct=True, mirrored=False, batch_size=100):
+def measure(model, split, s, classify=True, reconstruct=True, mirrored=False, batch_size=None):
     """A model's losses and errors on a Split, as plain numbers in a dict.
 
     The loss terms by name (classifier, autoencoder, ..., each where the model allows it); accuracy in
@@ -339,6 +347,7 @@ def measure(model, split, s, classify=True, reconstruct=True, mirrored=False, ba
     if "jigsaw_reconstruction" in wanted:
         orders = torch.rand(n, s.jigsaw_grid ** 2, generator=torch.Generator().manual_seed(0)).argsort(1)
     share = data.Split(*(tensor[rank::processes] for tensor in split)) if processes > 1 else split
+    batch_size = batch_size or images_at_once(share, s)
     orders, bounds = orders[rank::processes].to(device), data.batch_bounds(len(share.labels), batch_size, 1)
     totals, confusion = {}, torch.zeros(model.num_classes, model.num_classes, dtype=torch.int64, device=device)
     for (images, labels), (start, stop) in zip(data.batches(share, batch_size, **preparation(s)), bounds):
@@ -364,11 +373,11 @@ def measure(model, split, s, classify=True, reconstruct=True, mirrored=False, ba
 
 
 @torch.no_grad()
-def encode(model, split, s, batch_size=100):
+def encode(model, split, s, batch_size=None):
     """The codes of a Split's images, flat: (N, values) float32, on its device."""
     model.eval()
     codes = []
-    for images, _ in data.batches(split, batch_size, **preparation(s)):
+    for images, _ in data.batches(split, batch_size or images_at_once(split, s), **preparation(s)):
         with autocast(images.device, s.precision):
             codes.append(model.encode(images).flatten(1).float())
     return torch.cat(codes)
@@ -383,10 +392,10 @@ def rebuild(model, inputs, s):
     return data.to_pixels(rebuilt, s.scale)
 
 
-def image_errors(model, split, s, batch_size=100):
+def image_errors(model, split, s, batch_size=None):
     """The mean squared error of each image's reconstruction, on pixels of 0-1: (N,)."""
     return torch.cat([losses.reconstruction_errors(rebuild(model, images, s), data.to_pixels(images, s.scale))["mse"]
-                      for images, _ in data.batches(split, batch_size, **preparation(s))])
+                      for images, _ in data.batches(split, batch_size or images_at_once(split, s), **preparation(s))])
 
 
 def vote(labels, classes):

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import csv
 import datetime
+import functools
 import itertools
 import json
 import math
@@ -436,23 +437,71 @@ def counted(term, batch, labelled):
 def fair_weights(weights, batch, labelled):
     """Weights that make the mean over the processes, which DistributedDataParallel takes of gradients,
     a mean over the whole batch: the processes' shares of it may differ by an image."""
-    _, processes = evaluate.process()
-    if processes == 1:
-        return weights
+    processes = evaluate.process()[1]
     parts = {flag: counted(losses.TERMS[flag], batch, labelled) for flag in weights}
     return {flag: weight * len(parts[flag].labels) * processes / parts[flag].size
             for flag, weight in weights.items()}
 
 
-def step_tensors(net, batch, labelled, order, s, wanted, noise):
-    """The tensors that the loss's terms need of one step, by name. noise: a torch.Generator."""
-    def forward(images, names):
-        inputs = data.add_noise(images, s.noise, noise, s.scale) if s.noise else images
-        return evaluate.forward(net, inputs, s, names, order)
-    known = {"images": batch.images, "labels": labelled.labels, "label_smoothing": s.label_smoothing}
-    if labelled is batch:
-        return known | forward(batch.images, wanted)
-    return known | forward(batch.images, wanted - {"logits"}) | forward(labelled.images, {"logits"})
+def step_tensors(batch, labelled, order, s, noise):
+    """What a step computes with, a dict of tensors: images, labels; noisy, labelled: images where they differ from
+    those; order. noise: a torch.Generator."""
+    def noisy(images):
+        return data.add_noise(images, s.noise, noise, s.scale) if s.noise else images
+    tensors = {"images": batch.images, "labels": labelled.labels, "noisy": noisy(batch.images) if s.noise else None,
+               "labelled": None if labelled is batch else noisy(labelled.images), "order": order}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def take_gradients(net, tensors, s, weights, class_weights=None):
+    """One step up to the gradients. Returns sums over the batch, (terms,) or with a classifier (terms + 1,): each
+    term that has a weight, then right answers. tensors: of step_tensors."""
+    wanted, inputs = losses.needed(weights), tensors.get("noisy", tensors["images"])
+    known = {"images": tensors["images"], "labels": tensors["labels"], "label_smoothing": s.label_smoothing,
+             "class_weights": class_weights}
+    if "labelled" in tensors:
+        known |= evaluate.forward(net, inputs, s, wanted - {"logits"}, tensors.get("order"))
+        known |= evaluate.forward(net, tensors["labelled"], s, {"logits"})
+    else:
+        known |= evaluate.forward(net, inputs, s, wanted, tensors.get("order"))
+    loss, values = losses.weighted_loss(weights, **known)
+    loss.backward()
+    with torch.no_grad():
+        sums = [values[term.name] * len(tensors["labels" if "labels" in term.needs else "images"])
+                for flag, term in losses.TERMS.items() if weights[flag]]
+        if "logits" in wanted:
+            sums.append((known["logits"].argmax(1) == tensors["labels"]).sum())
+        return torch.stack(sums)
+
+
+class Recorded:
+    """A step's work on a GPU, work(dict of tensors) -> tensor, which also leaves gradients, as a CUDA graph.
+
+    A small network's step is hundreds of kernels, each of which the CPU needs longer to start than the GPU to run; a
+    graph starts all at once. The first call runs the work itself, the second one records it and all later ones
+    replay it, with the same bits; calls with tensors of other shapes (a last batch) run the work itself. The
+    gradients must be None at each call; the result is overwritten by the next one.
+    """
+
+    def __init__(self, work, parameters):
+        self.work, self.parameters, self.shapes, self.graph = work, parameters, None, None
+
+    def __call__(self, tensors):
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        if shapes != self.shapes:
+            self.shapes = self.shapes or shapes
+            return self.work(tensors)
+        if self.graph is None:
+            self.inputs, self.graph = {name: tensor.clone() for name, tensor in tensors.items()}, torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # records without running
+                self.result = self.work(self.inputs)
+            self.gradients = [p.grad for p in self.parameters]
+        for name, tensor in tensors.items():
+            self.inputs[name].copy_(tensor)
+        self.graph.replay()
+        for p, gradient in zip(self.parameters, self.gradients):
+            p.grad = gradient
+        return self.result
 
 
 def train_epoch(model, dataset, optimizer, s, epoch, show=None, net=None):
@@ -467,32 +516,29 @@ def train_epoch(model, dataset, optimizer, s, epoch, show=None, net=None):
     model.train()
     if s.frozen:
         model.encoder.eval()  # BatchNorm keeps its statistics
-    device, (rank, _) = dataset.train.images.device, evaluate.process()
+    device, (rank, processes) = dataset.train.images.device, evaluate.process()
     torch.manual_seed(stream(s.seed, epoch, "dropout", rank))  # and of variational codes
     noise = torch.Generator(device).manual_seed(stream(s.seed, epoch, "noise", rank))
     weights = evaluate.loss_weights(s) | {"gamma": 0.0}  # gamma is the optimizer's weight decay
-    wanted, terms = losses.needed(weights), [losses.TERMS[flag] for flag, weight in weights.items() if weight]
+    terms = [losses.TERMS[flag] for flag, weight in weights.items() if weight]
     class_weights = None
     if s.class_weights:
         class_weights = losses.balanced_weights((dataset.labelled or dataset.train).labels, model.num_classes)
+    work = functools.partial(take_gradients, net or model, s=s, weights=weights, class_weights=class_weights)
+    if device.type == "cuda" and processes == 1:
+        work = Recorded(work, list(model.parameters()))
     count, steps = epoch_steps(dataset, s, epoch)
     columns = [*terms, losses.TERMS["alpha"]]  # of which the last one counts right answers
     history, seen = torch.zeros(count, len(columns), device=device), [0] * len(columns)
     for step, (batch, labelled, order) in enumerate(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(s, epoch + step / count)
-        tensors = step_tensors(net or model, batch, labelled, order, s, wanted, noise)
-        loss, values = losses.weighted_loss(fair_weights(weights, batch, labelled), **tensors,
-                                            class_weights=class_weights)
-        loss.backward()
+        fair = {"weights": fair_weights(weights, batch, labelled)} if processes > 1 else {}
+        sums = work(step_tensors(batch, labelled, order, s, noise), **fair)
+        history[step, :len(sums)] = sums
         with evaluate.autocast(device, s.precision):  # of Muon's matrix products
             optimizer.step()
         optimizer.zero_grad()
-        with torch.no_grad():  # sums over the batch: the terms, and right answers
-            sums = [values[term.name] * len(counted(term, batch, labelled).labels) for term in terms]
-            if "logits" in wanted:
-                sums.append((tensors["logits"].argmax(1) == labelled.labels).sum())
-            history[step, :len(sums)] = torch.stack(sums)
         seen = [total + counted(term, batch, labelled).size for total, term in zip(seen, columns)]
         if step % 100 == 99 or step == count - 1:
             check_finite(history[:step + 1], [term.name for term in terms], epoch, step // 100 * 100)
@@ -995,6 +1041,7 @@ def prepare(s, model=None):
             device = torch.device("cuda", torch.cuda.current_device())
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the same command, the same bits
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it; filling is a kernel a tensor
     with first_process_first():
         dataset = evaluate.prepare_data(s)
     dataset.digests = {"train": data.digest(dataset, dataset.train), "test": data.digest(dataset, dataset.test)}

@@ -83,7 +83,9 @@ class Copies(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if function.overloadpacket in self.accept_both:
+        if function is torch.ops.aten.lift_fresh.default:  # torch.tensor, which a GPU that is there has copied by then
+            self.count += result.device.type == "cuda"
+        elif function.overloadpacket in self.accept_both:
             tensors = [each for each in tree_leaves((args, kwargs, result)) if isinstance(each, torch.Tensor)]
             self.count += len({tensor.device.type for tensor in tensors}) > 1
         return result
@@ -107,7 +109,8 @@ def pretended():
             stack.enter_context(mock.patch.object(torch, name, without_generator(getattr(torch, name))))
         for place, name, value in ((torch, "Generator", Generator), (torch.Tensor, "item", read),
                                    (torch.Tensor, "tolist", read), (FakeTensor, "tolist", read),
-                                   (torch.Tensor, "backward", backward),
+                                   (torch.Tensor, "backward", backward), (torch.cuda, "CUDAGraph", mock.Mock),
+                                   (torch.cuda, "graph", contextlib.nullcontext),
                                    (train, "check_finite", lambda *_: None)):  # every hundredth step
             stack.enter_context(mock.patch.object(place, name, value))
         stack.enter_context(FakeTensorMode())
@@ -237,6 +240,33 @@ def test_labelled_images_that_come_round_stay_on_the_device():
     assert waits("v3", settings(labels=5), 4) == [0]
 
 
+def test_a_recorded_step_gets_each_batch_and_gives_its_gradients(monkeypatch):
+    """Recorded against the work itself; a replay runs the work on what was recorded."""
+    weight, runs = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0])), []
+
+    def work(tensors):
+        runs.append(len(tensors["images"]))
+        loss = (tensors["images"] * weight).square().sum()
+        loss.backward()
+        return loss.detach()
+
+    class Graph:
+        def replay(self):
+            weight.grad = None
+            recorded.result.copy_(work(recorded.inputs))
+            recorded.gradients[0].copy_(weight.grad)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", contextlib.nullcontext)
+    recorded = train.Recorded(work, [weight])
+    for size in (4, 4, 4, 3, 4):
+        images = torch.randn(size, 3)
+        weight.grad = None
+        loss = recorded({"images": images}).clone()
+        assert torch.allclose(loss, (images * weight).square().sum())
+        assert torch.allclose(weight.grad, 2 * (images.square() * weight).sum(0))
+    assert runs == [4, 4, 4, 4, 3, 4]  # itself, recorded, replayed twice, itself, replayed
+
+
 # ---------------------------------------------------------------- measures and transformations
 
 @pytest.mark.parametrize("version, changes", [
@@ -255,6 +285,14 @@ def test_a_measurement_waits_once_however_many_batches(version, changes):
             assert ("jigsaw" in result, "noisy_psnr" in result) == (bool(s.delta), bool(s.noise))
             found.append(count())
     assert found[0] == found[1]
+
+
+@simulated_cuda
+@pytest.mark.parametrize("side, size, expected", [
+    (28, None, 1000), (64, None, 1000), (128, None, 250), (224, None, 100), (32, 224, 100)])
+def test_a_gpu_measures_more_images_at_once(side, size, expected):
+    with pretended():
+        assert evaluate.images_at_once(split_of(5, (3, side, side)), settings(size=size)) == expected
 
 
 @simulated_cuda
@@ -385,14 +423,33 @@ def trained(tiny, out, *flags):
 
 @needs_gpu
 @pytest.mark.parametrize("flags", [
-    ["--version", "v4", "--delta", "0.5", "--noise", "0.05", "--rotate", "5"], ["--version", "vae", "--labels", "20"],
-    ["--version", "v3", "--skip", "--separate"], ["--version", "cnn32"],
+    ["--version", "v4", "--delta", "0.5", "--noise", "0.05", "--rotate", "5"], ["--version", "vae"],
+    ["--version", "v3", "--skip", "--separate"], ["--version", "v3", "--labels", "20"], ["--version", "cnn32"],
     ["--version", "v5-small", "--batch-size", "20"]])
 def test_a_gpu_gives_the_same_bits_twice(flags, tiny, tmp_path):
     (one, config), (other, _) = (trained(tiny, tmp_path, "--device", "cuda", *flags) for _ in range(2))
     for name, weight in one["model"].items():
         assert torch.equal(weight, other["model"][name]), name
     assert config["device"].startswith("cuda") and config["machine"] == torch.cuda.get_device_name()
+
+
+@needs_gpu
+@pytest.mark.parametrize("flags", [
+    ["--version", "v4", "--delta", "0.5", "--noise", "0.05"], ["--version", "vae"],
+    ["--version", "v3", "--labels", "20", "--noise", "0.05"],
+    ["--version", "v3", "--separate", "--class-weights", "balanced"], ["--version", "v5-small"],
+    ["--version", "v4", "--optimizer", "adam", "--beta", "0"]])
+def test_recorded_steps_give_the_same_bits(flags, tiny, tmp_path, monkeypatch):
+    replays, replay = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: [replays.append(graph), replay(graph)])
+    flags = ["--device", "cuda", "--batch-size", "16", *flags]
+    one, _ = trained(tiny, tmp_path, *flags)
+    assert replays
+    monkeypatch.setattr(train, "Recorded", lambda work, parameters: work)
+    other, _ = trained(tiny, tmp_path, *flags)
+    for name, weight in one["model"].items():
+        assert torch.equal(weight, other["model"][name]), name
+    assert one["rows"][-1]["train_loss"] == other["rows"][-1]["train_loss"]
 
 
 @needs_gpu
