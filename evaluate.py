@@ -313,11 +313,11 @@ def batch_sums(tensors, inputs, images, labels, s):
 
 
 def images_at_once(split, s):
-    """The images of a batch that is not trained on: 100; on a GPU, which starts a small batch's kernels more slowly
-    than it runs them, up to 1000, as many as have four million pixels."""
+    """Images in a batch that is not trained on: 100; on a GPU, where the CPU takes longer to start the kernels of a
+    small batch than they run, as many as have four million pixels, from 100 to 1000."""
     if split.images.device.type == "cpu":
         return 100
-    return min(1000, max(100, 2**12 * 1000 // (s.size ** 2 if s.size else math.prod(split.images.shape[2:]))))
+    return min(1000, max(100, 4_096_000 // (s.size ** 2 if s.size else math.prod(split.images.shape[2:]))))
 
 
 @torch.no_grad()

@@ -444,24 +444,27 @@ def fair_weights(weights, batch, labelled):
 
 
 def step_tensors(batch, labelled, order, s, noise):
-    """What a step computes with, a dict of tensors: images, labels; noisy, labelled: images where they differ from
-    those; order. noise: a torch.Generator."""
-    def noisy(images):
+    """What a step computes with, a dict of tensors: images, labels; inputs, where they differ from the images;
+    labelled_inputs, where other images are classified; order. noise: a torch.Generator."""
+    def with_noise(images):
         return data.add_noise(images, s.noise, noise, s.scale) if s.noise else images
-    tensors = {"images": batch.images, "labels": labelled.labels, "noisy": noisy(batch.images) if s.noise else None,
-               "labelled": None if labelled is batch else noisy(labelled.images), "order": order}
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    tensors = {"images": batch.images, "labels": labelled.labels}
+    if s.noise:
+        tensors["inputs"] = with_noise(batch.images)
+    if labelled is not batch:
+        tensors["labelled_inputs"] = with_noise(labelled.images)
+    return tensors if order is None else tensors | {"order": order}
 
 
-def take_gradients(net, tensors, s, weights, class_weights=None):
-    """One step up to the gradients. Returns sums over the batch, (terms,) or with a classifier (terms + 1,): each
-    term that has a weight, then right answers. tensors: of step_tensors."""
-    wanted, inputs = losses.needed(weights), tensors.get("noisy", tensors["images"])
+def take_gradients(net, tensors, s, weights, class_weights):
+    """One step up to the gradients. Returns sums over the batch, (terms,) or where the classifier is trained
+    (terms + 1,): each term that has a weight, then right answers. tensors: of step_tensors."""
+    inputs, wanted = tensors.get("inputs", tensors["images"]), losses.needed(weights)
     known = {"images": tensors["images"], "labels": tensors["labels"], "label_smoothing": s.label_smoothing,
              "class_weights": class_weights}
-    if "labelled" in tensors:
+    if "labelled_inputs" in tensors:
         known |= evaluate.forward(net, inputs, s, wanted - {"logits"}, tensors.get("order"))
-        known |= evaluate.forward(net, tensors["labelled"], s, {"logits"})
+        known |= evaluate.forward(net, tensors["labelled_inputs"], s, {"logits"})
     else:
         known |= evaluate.forward(net, inputs, s, wanted, tensors.get("order"))
     loss, values = losses.weighted_loss(weights, **known)
@@ -474,13 +477,20 @@ def take_gradients(net, tensors, s, weights, class_weights=None):
         return torch.stack(sums)
 
 
+@functools.cache
+def recording_stream(device):
+    """The CUDA stream on which graphs are recorded; PyTorch's own one stays on the GPU that was used first."""
+    return torch.cuda.Stream(device)
+
+
 class Recorded:
     """A step's work on a GPU, work(dict of tensors) -> tensor, which also leaves gradients, as a CUDA graph.
 
-    A small network's step is hundreds of kernels, each of which the CPU needs longer to start than the GPU to run; a
-    graph starts all at once. The first call runs the work itself, the second one records it and all later ones
-    replay it, with the same bits; calls with tensors of other shapes (a last batch) run the work itself. The
-    gradients must be None at each call; the result is overwritten by the next one.
+    A small network's step is hundreds of kernels, each of which takes the CPU longer to start than the GPU to run; a
+    graph starts all at once. The first call runs the work itself. The second one records it; it and all later ones
+    replay it, with the same bits. A call with tensors of other shapes (a last batch) runs the work itself and
+    gives the graph's memory back. All that the work reads beside its tensors must stay in place, as the
+    parameters do; gradients must be None at each call; the result is overwritten by the next one.
     """
 
     def __init__(self, work, parameters):
@@ -490,10 +500,11 @@ class Recorded:
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         if shapes != self.shapes:
             self.shapes = self.shapes or shapes
+            self.graph = self.inputs = self.result = self.gradients = None
             return self.work(tensors)
         if self.graph is None:
             self.inputs, self.graph = {name: tensor.clone() for name, tensor in tensors.items()}, torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):  # records without running
+            with torch.cuda.graph(self.graph, stream=recording_stream(tensors["images"].device)):  # runs nothing
                 self.result = self.work(self.inputs)
             self.gradients = [p.grad for p in self.parameters]
         for name, tensor in tensors.items():
@@ -509,9 +520,9 @@ def train_epoch(model, dataset, optimizer, s, epoch, show=None, net=None):
 
     Returns the epoch's means as plain numbers: loss, the terms by name and accuracy (None where not
     trained). The seed and the epoch alone decide order, flips, tiles, noise and dropout. Nothing
-    waits for the device but every hundredth step, where a loss that is not finite ends the run
-    (Stopped). show(step, steps) is called at every step. net: the model as DistributedDataParallel
-    wraps it; each process then takes its share of every batch.
+    waits for the device but the second step, which a GPU records, and every hundredth, where a loss
+    that is not finite ends the run (Stopped). show(step, steps) is called at every step. net: the model
+    as DistributedDataParallel wraps it; each process then takes its share of every batch.
     """
     model.train()
     if s.frozen:
@@ -525,7 +536,7 @@ def train_epoch(model, dataset, optimizer, s, epoch, show=None, net=None):
     if s.class_weights:
         class_weights = losses.balanced_weights((dataset.labelled or dataset.train).labels, model.num_classes)
     work = functools.partial(take_gradients, net or model, s=s, weights=weights, class_weights=class_weights)
-    if device.type == "cuda" and processes == 1:
+    if device.type == "cuda" and processes == 1:  # DistributedDataParallel's communication is not recorded
         work = Recorded(work, list(model.parameters()))
     count, steps = epoch_steps(dataset, s, epoch)
     columns = [*terms, losses.TERMS["alpha"]]  # of which the last one counts right answers
@@ -1039,9 +1050,11 @@ def prepare(s, model=None):
     if device.type == "cuda":
         if processes > 1:
             device = torch.device("cuda", torch.cuda.current_device())
+        if device.index is not None:
+            torch.cuda.set_device(device)  # otherwise memory of the first GPU is taken as well
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the same command, the same bits
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it; filling is a kernel a tensor
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it; each filling is a kernel
     with first_process_first():
         dataset = evaluate.prepare_data(s)
     dataset.digests = {"train": data.digest(dataset, dataset.train), "test": data.digest(dataset, dataset.test)}

@@ -110,7 +110,7 @@ def pretended():
         for place, name, value in ((torch, "Generator", Generator), (torch.Tensor, "item", read),
                                    (torch.Tensor, "tolist", read), (FakeTensor, "tolist", read),
                                    (torch.Tensor, "backward", backward), (torch.cuda, "CUDAGraph", mock.Mock),
-                                   (torch.cuda, "graph", contextlib.nullcontext),
+                                   (torch.cuda, "graph", mock.MagicMock()), (train, "recording_stream", mock.Mock()),
                                    (train, "check_finite", lambda *_: None)):  # every hundredth step
             stack.enter_context(mock.patch.object(place, name, value))
         stack.enter_context(FakeTensorMode())
@@ -255,8 +255,10 @@ def test_a_recorded_step_gets_each_batch_and_gives_its_gradients(monkeypatch):
             weight.grad = None
             recorded.result.copy_(work(recorded.inputs))
             recorded.gradients[0].copy_(weight.grad)
+    streams = []
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: contextlib.nullcontext(streams.append(stream)))
+    monkeypatch.setattr(train, "recording_stream", lambda device: device.type)
     recorded = train.Recorded(work, [weight])
     for size in (4, 4, 4, 3, 4):
         images = torch.randn(size, 3)
@@ -264,7 +266,8 @@ def test_a_recorded_step_gets_each_batch_and_gives_its_gradients(monkeypatch):
         loss = recorded({"images": images}).clone()
         assert torch.allclose(loss, (images * weight).square().sum())
         assert torch.allclose(weight.grad, 2 * (images.square() * weight).sum(0))
-    assert runs == [4, 4, 4, 4, 3, 4]  # itself, recorded, replayed twice, itself, replayed
+    assert runs == [4, 4, 4, 4, 3, 4, 4]  # itself, recorded, replayed twice, itself, recorded, replayed
+    assert streams == ["cpu", "cpu"]      # of the device on which the tensors are
 
 
 # ---------------------------------------------------------------- measures and transformations
@@ -374,6 +377,22 @@ def test_more_processes_than_gpus_are_refused(monkeypatch, capsys):
         train.main(["--version", "v3", "--dataset", "shapes"])
     assert exit.value.code == 2
     assert "more processes than this machine's 1 GPUs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device, expected", [("cuda:1", [torch.device("cuda:1")]), ("cuda", [])])
+def test_a_gpu_by_number_becomes_the_current_one(device, expected, monkeypatch):
+    chosen = []
+
+    def stop(s):
+        raise InterruptedError
+    monkeypatch.setattr(evaluate, "pick_device", torch.device)
+    monkeypatch.setattr(evaluate, "prepare_data", stop)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *args, **kwargs: None)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    with pytest.raises(InterruptedError):
+        train.prepare(settings(device=device))
+    assert chosen == expected
 
 
 @pytest.mark.parametrize("device, gpus, jobs, expected", [
