@@ -462,16 +462,15 @@ def take_gradients(net, tensors, s, weights, class_weights):
     inputs, wanted = tensors.get("inputs", tensors["images"]), losses.needed(weights)
     known = {"images": tensors["images"], "labels": tensors["labels"], "label_smoothing": s.label_smoothing,
              "class_weights": class_weights}
-    if "labelled_inputs" in tensors:
-        known |= evaluate.forward(net, inputs, s, wanted - {"logits"}, tensors.get("order"))
-        known |= evaluate.forward(net, tensors["labelled_inputs"], s, {"logits"})
-    else:
-        known |= evaluate.forward(net, inputs, s, wanted, tensors.get("order"))
+    apart = {"logits"} if "labelled_inputs" in tensors else set()
+    known |= evaluate.forward(net, inputs, s, wanted - apart, tensors.get("order"))
+    if apart:
+        known |= evaluate.forward(net, tensors["labelled_inputs"], s, apart)
     loss, values = losses.weighted_loss(weights, **known)
     loss.backward()
     with torch.no_grad():
-        sums = [values[term.name] * len(tensors["labels" if "labels" in term.needs else "images"])
-                for flag, term in losses.TERMS.items() if weights[flag]]
+        terms = [losses.TERMS[flag] for flag, weight in weights.items() if weight]  # in train_epoch's order
+        sums = [values[term.name] * len(tensors["labels" if "labels" in term.needs else "images"]) for term in terms]
         if "logits" in wanted:
             sums.append((known["logits"].argmax(1) == tensors["labels"]).sum())
         return torch.stack(sums)
