@@ -10,7 +10,8 @@ alpha = 0 trains an autoencoder alone, beta = 0 a classifier alone. A new term i
 row of TERMS; train.py takes its flag, its column in the log and its curve from that row. Every loss
 is computed in float32, whatever precision the network ran in. This file depends only on torch.
 """
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
