@@ -56,8 +56,9 @@ def jigsaw_recon_loss(reconstruction, images):
 def kl_loss(mean, log_variance, images):
     """Kullback-Leibler divergence of N(mean, variance) from N(0, 1), both (B, units): summed over the
     code, mean over the batch, divided by the number of values of an image, so that it is on the same
-    scale as the mean squared error. With the weight 2 * s^2 the sum is the evidence bound of a decoder
-    whose pixels have standard deviation s (Kingma and Welling 2014)."""
+    scale as the mean squared error. With beta 1 and the weight 2 * s^2 the sum is, up to a factor and a
+    constant, the negative evidence lower bound (ELBO) of a decoder whose pixels have standard deviation s
+    (Kingma and Welling 2014)."""
     mean, log_variance = mean.float(), log_variance.float()
     divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1)
     return divergence.mean() / images[0].numel()
