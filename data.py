@@ -191,7 +191,8 @@ def _pool(dataset, files):
             continue
         folder, paths = files
         rows = torch.cat([split.images[split.labels == label] for split in splits]).sort().values.tolist()
-        listed = [(paths[row].removeprefix(str(folder)), os.path.getsize(paths[row])) for row in rows]
+        listed = [(paths[row].removeprefix(str(folder)).replace(os.sep, "/"), os.path.getsize(paths[row]))
+                  for row in rows]
         made[name] = hashlib.blake2b(repr(listed).encode(), digest_size=8).hexdigest()
     return made
 
@@ -292,7 +293,10 @@ def _read_npz(path, test_only):
                             f"expected 0 to {count - 1}, each of them in y_train")
         splits.append(_split(x, y.ravel().astype(np.int64)))
     train, test = (tuple(split.images.shape[1:]) for split in (splits[0], splits[-1]))
-    classes = [str(each) for each in arrays.get("classes", range(count))]
+    names = arrays.get("classes", np.arange(count))
+    if names.ndim != 1 or names.dtype.kind not in "Uiu":
+        raise DataError(f"{path}: classes is {names.dtype} of shape {names.shape}; expected a row of {count} names")
+    classes = [str(each) for each in names]
     if train != test or len(classes) != count:
         raise DataError(f"{path}: x_train and x_test have images of {train} and {test}, classes {len(classes)} "
                         f"names; expected one shape and {count} names")
@@ -358,7 +362,9 @@ def read_image(path, channels=3, fit=None):
         raise DataError(f"{path}: has too many pixels to be read safely") from None
     except UnidentifiedImageError:
         raise DataError(f"{path}: not a picture in a supported format") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # of a damaged file, whatever Pillow meets first
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(f"{path}: cannot be read as a picture ({reason})") from None
     return pixels.reshape(*pixels.shape[:2], channels)
@@ -467,7 +473,7 @@ def _index_folder(folder, test_share, seed):
             wanted = min(max(round(test_share * count), 1), count - 1)
             drawn[rows[_drawn(_pick(index, rows), wanted, seed)]] = True
         train, test = _pick(index, ~drawn), _pick(index, drawn)
-    made = Dataset(folder.name, f"{folder} ({kind})", classes, train, test, test_drawn=len(parts) == 1)
+    made = Dataset(folder.absolute().name, f"{folder} ({kind})", classes, train, test, test_drawn=len(parts) == 1)
     return made, (folder, paths)
 
 
@@ -562,8 +568,10 @@ def _write_cache(cache, paths, shape, fit):
         os.replace(partial, cache)
     finally:
         partial.unlink(missing_ok=True)
-    for other in folder.glob(".cache-*"):
-        if not other.name.endswith(cache.name[-20:]):  # another stamp, or left by a killed process
+    stamp = cache.name[-20:]
+    for other in folder.glob(".cache-*.npy*"):  # of another stamp, or left by a killed process
+        ours = re.fullmatch(r"\.cache-(full|None|\d+)-[0-9a-f]{16}\.npy(\.\d+)?", other.name)
+        if ours and not other.name.endswith(stamp):
             with contextlib.suppress(OSError):
                 other.unlink()
     return np.load(cache, mmap_mode="r")
@@ -707,6 +715,8 @@ def choose(dataset, names):
     number = torch.full((len(dataset.classes),), -1)
     number[kept] = torch.arange(len(kept))
     made = dataset.map(lambda split: _pick(Split(split.images, number[split.labels]), number[split.labels] >= 0))
+    if not len(made.test.labels):
+        raise DataError(f"{dataset.name} has no test image of {' or '.join(names)}")
     return replace(made, classes=[dataset.classes[label] for label in kept])
 
 

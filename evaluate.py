@@ -155,7 +155,7 @@ def write_whole(path, write):
     """Calls write(temporary path) beside `path` and moves the result into place, so that a
     file is either the old one or the new one, never a part. Raises Stopped."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # another process may write the same file
     try:
         write(part)
         os.replace(part, path)
@@ -231,6 +231,8 @@ def load_checkpoint(path):
     for name, (default, *accepted) in NEEDED.items():
         value = values[name]
         require((value is None and default is None) or fits(value, *accepted), f"its setting {name} is not valid")
+    printed = [*content["classes"], *(values[name] for name in ("version", "dataset", "data_dir"))]
+    require(not re.search(r"[\x00-\x1f\x7f-\x9f]", "".join(printed)), "its names have control characters")
     require(fits(content.get("epoch"), int, 1), "it has no epoch")
     there = [part for part in ("classifier", "decoder") if getattr(model, part) is not None]
     require(type(parts) is list and parts and all(part in there for part in parts), "it does not say what is trained")
@@ -609,10 +611,13 @@ class Run(NamedTuple):
     metrics: dict   # of metrics.json
     network: str    # of config.json: a row of VERSIONS may have changed
     images: str     # its test images, or those from which the seed draws them, by hashes: files may have changed
+    train: str      # its training images by a hash; None where the seed draws them
 
 
 # Settings in which repetitions of one run may differ.
 INCIDENTAL = "seed", "name", "device", "data_dir"
+# Settings on which the network depends, beside the data set's.
+SHAPING = "version", "encoder", "classifier", "decoder", "skip", "pretrained"
 
 
 def chosen_on(rows):
@@ -644,9 +649,12 @@ def read_run(folder):
         images, pool = config.get("digests", {}).get("test"), config.get("pool")
         if pool:  # test images that the seed draws differ within a group
             images = repr([pool, *(config["settings"].get(name) for name in ("test_size", "test_share", "blur"))])
-        return Run(folder.resolve(), config["settings"] | {"precision": config["precision"]}, rows, metrics,
-                   json.dumps(config.get("network")), images)
-    except (OSError, KeyError, ValueError, IndexError, TypeError) as error:
+        s = config["settings"]
+        drawn = pool or s.get("train_size") or s.get("val_share") or s.get("variant", "complete") != "complete"
+        train = None if drawn else config.get("digests", {}).get("train")
+        return Run(folder.resolve(), s | {"precision": config["precision"]}, rows, metrics,
+                   json.dumps(config.get("network")), images, train)
+    except (OSError, KeyError, ValueError, IndexError, TypeError, AttributeError, csv.Error) as error:
         raise UsageError(f"{folder}: not the folder of a finished run; expected config.json, log.csv and "
                          f"metrics.json ({getattr(error, 'strerror', None) or 'unreadable'})") from None
 
@@ -775,7 +783,8 @@ def group_runs(runs):
     with the same seed the last one counts."""
     kinds = {}
     for run in runs:
-        seeds, seed = kinds.setdefault((kind_of(run.settings), run.network, run.images), {}), run.settings["seed"]
+        seed, kind = run.settings["seed"], (kind_of(run.settings), run.network, run.images, run.train)
+        seeds = kinds.setdefault(kind, {})
         if seed in seeds:
             print(f"evaluate.py: {seeds[seed].folder} is left out: {run.folder.name} repeats it", file=sys.stderr)
         seeds[seed] = run
@@ -830,12 +839,16 @@ def references(groups, against):
     if not any(setting in run.settings for run in firsts.values()):
         raise UsageError(f"--against {against}: {flag} is no setting of these runs")
     for name, run in firsts.items():
+        if names_value(value, run.settings.get(setting)):  # of another network or of other images than its like
+            continue
         found = [other for other, candidate in firsts.items()
-                 if other != name and names_value(value, candidate.settings.get(setting))
-                 and kind_of(candidate.settings, setting) == kind_of(run.settings, setting)]
-        same = [other for other in found if firsts[other].images == run.images]
-        # Other test images only where the setting itself makes them different, and one reference is meant.
-        if same or len(found) == 1 and setting in SHOWN and not names_value(value, run.settings.get(setting)):
+                 if names_value(value, candidate.settings.get(setting))
+                 and kind_of(candidate.settings, setting) == kind_of(run.settings, setting)
+                 and (candidate.network == run.network or setting in (*SHAPING, *SHOWN))]
+        same = [other for other in found if firsts[other].images == run.images
+                and (firsts[other].train == run.train or None in (firsts[other].train, run.train))]
+        # Other images only where the setting itself makes them different, and one reference is meant.
+        if same or len(found) == 1 and setting in SHOWN:
             pairs[name] = (same or found)[-1]
     if not pairs:
         raise UsageError(f"--against {against}: no two groups differ in {flag} alone, one of them with {value}")
@@ -1074,6 +1087,9 @@ def match_classes(dataset, classes):
 def load_test(model, content, device, with_train=False):
     """The checkpoint's Dataset (its test part, or both) on the device, checked against the network. UsageError."""
     dataset = load_checked(model, content, not with_train)
+    if content["pool"] is not None and content.get("test", "") not in ("", data.digest(dataset, dataset.test)):
+        print(f"evaluate.py: note: the test images of {dataset.source} are not those of the training, or decoded "
+              "otherwise; they may be training images", file=sys.stderr)
     if set(content["classes"]) < set(dataset.classes):  # of another data set
         dataset = data.choose(dataset, content["classes"])
     return match_classes(dataset, content["classes"]).to(device)
@@ -1287,6 +1303,13 @@ def evaluate(args):
     return folder
 
 
+def nonempty(text):
+    """An argparse type: any text but "", such as that of a shell's variable that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("'': expected a name or a path")
+    return text
+
+
 def numbers(text):
     """An argparse type: "1,3,5" as a list of whole numbers of at least 1."""
     if not re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", text):
@@ -1305,27 +1328,27 @@ def make_parser():
     parser = argparse.ArgumentParser(description="Measures a checkpoint of train.py, or compares runs.",
                                      allow_abbrev=False)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--ckpt", help="a checkpoint, e.g. outputs/v4/best.pt")
+    source.add_argument("--ckpt", type=nonempty, help="a checkpoint, e.g. outputs/v4/best.pt")
     source.add_argument("--compare", nargs="+", metavar="RUN", help="run folders, or folders of them: a table and "
                         "pictures of their results; runs that differ in their seed alone are one group")
-    parser.add_argument("--against", metavar="RUN", help="with --compare: the group that the others are compared "
-                        "with (the first), or SETTING=VALUE, such as beta=0: each group with the one that differs "
-                        "from it in that setting alone")
+    parser.add_argument("--against", type=nonempty, metavar="RUN", help="with --compare: the group that the others are "
+                        "compared with (the first), or SETTING=VALUE, such as beta=0: each group with the one that "
+                        "differs from it in that setting alone")
     parser.add_argument("--images", nargs="+", metavar="PICTURE",
                         help="classify and rebuild these pictures, scaled and cropped about the "
                         "centre to the network's size, instead of the test images")
     parser.add_argument("--knn", type=numbers, metavar="K[,K...]",
                         help="also classify by the k nearest training images, on codes and on raw pixels; of "
                         "several k the best on held-out training images")
-    parser.add_argument("--anomaly", metavar="CLASS", help="how well the reconstruction error tells this "
-                        "class, which the training left out, from the others")
-    parser.add_argument("--codes", metavar="FILE.npz", help="write the codes and labels of the test and the (labelled) "
-                        "training images, or the codes of --images, as plain arrays")
-    parser.add_argument("--dataset", help="another data set than the checkpoint's, with its classes (others are "
-                        "left out); or where the checkpoint's own has moved")
-    parser.add_argument("--data-dir", help="where named sets are (default: where training found them)")
+    parser.add_argument("--anomaly", type=nonempty, metavar="CLASS", help="how well the reconstruction error tells "
+                        "this class, which the training left out, from the others")
+    parser.add_argument("--codes", type=nonempty, metavar="FILE.npz", help="write the codes and labels of the "
+                        "test and the (labelled) training images, or the codes of --images, as plain arrays")
+    parser.add_argument("--dataset", type=nonempty, help="another data set than the checkpoint's, with its "
+                        "classes (others are left out); or where the checkpoint's own has moved")
+    parser.add_argument("--data-dir", type=nonempty, help="where named sets are (default: where training found them)")
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:1 (default: auto)")
-    parser.add_argument("--output", help="where the report goes (default: a folder evaluation-best "
+    parser.add_argument("--output", type=nonempty, help="where the report goes (default: a folder evaluation-best "
                         "beside best.pt, named after --dataset too; comparison in a folder of runs, "
                         "comparison-RUN beside the first of several runs)")
     parser.error = fail

@@ -679,6 +679,8 @@ def load(path):
                 raise ValueError("another kind of content")
             if sum(tensor.nbytes for tensor in weights.values()) > Path(path).stat().st_size:
                 raise ValueError("its weights are larger than the file")  # few numbers, each repeated
+            if not all(tensor.isfinite().all() for tensor in weights.values()):
+                raise ValueError("its weights are not finite")
             with torch.device("meta"):  # no memory and no random numbers for weights that are in the file
                 model = build(Version(**content["version"]), num_classes=len(classes), pretrained=False)
             model.to_empty(device="cpu").load_state_dict(weights)

@@ -2,7 +2,7 @@
 
     python train.py --version v4              # on CIFAR-10, into outputs/v4/
     python train.py --version v4 --beta 0     # the classifier alone; the decoder is not trained
-    python train.py --version v4 --seeds 5    # five runs, as many at once as is fastest
+    python train.py --version v4 --seeds 5    # five runs, several at once
     python train.py --resume outputs/v4       # resumes that run
     python train.py --version vae -h          # every setting, with the defaults of that version
 
@@ -45,7 +45,7 @@ import data
 import evaluate
 import losses
 import models
-from evaluate import Stopped, UsageError
+from evaluate import Stopped, UsageError, nonempty
 
 
 # ---------------------------------------------------------------- Muon
@@ -175,9 +175,9 @@ SETTINGS = {
                 "join the final ones before the classifier's last part"),
         Setting("pretrained", None, bool, "", "vgg, resnet, mobilenet, squeezenet: start from ImageNet weights")],
     "data": [
-        Setting("dataset", "cifar10", str, "NAME|PATH", f"{' '.join(data.NAMES)} shapes, a folder of images or an "
-                ".npz; where cifar10 is the default and unavailable, shapes"),
-        Setting("data_dir", "data", str, "DIR", "where named sets are, or are downloaded to"),
+        Setting("dataset", "cifar10", nonempty, "NAME|PATH", f"{' '.join(data.NAMES)} shapes, a folder of images or "
+                "an .npz; where cifar10 is the default and unavailable, shapes"),
+        Setting("data_dir", "data", nonempty, "DIR", "where named sets are, or are downloaded to"),
         Setting("size", None, Number(int, 1, 1024), "PIXELS", "scale the images to this side; by default their own"),
         Setting("margin", False, bool, "", "scale the images to 8/7 of --size, then crop to it, at random in "
                 "training"),
@@ -240,9 +240,9 @@ SETTINGS = {
 }
 # What a command does with the settings; not settings of a run.
 ACTIONS = {"output and several runs": [
-    Setting("output", "outputs", str, "DIR", "where run folders go"),
-    Setting("resume", None, str, "RUN", "resume the run in this folder, with its settings; --epochs N lengthens "
-            "it"),
+    Setting("output", "outputs", nonempty, "DIR", "where run folders go"),
+    Setting("resume", None, nonempty, "RUN", "resume the run in this folder, with its settings; --epochs N "
+            "lengthens it"),
     Setting("seeds", None, COUNT, "N", "train with N seeds, from --seed on; finished runs are not trained again"),
     Setting("sweep", None, str, "NAME", ""),  # its choices are the table below
     Setting("jobs", None, COUNT, "J", "runs at once; by default one for each GPU or, without GPUs, for each CPU thread "
@@ -412,6 +412,7 @@ def epoch_steps(dataset, s, epoch):
     jigsaw's tiles, (B, grid * grid), or None.
     """
     n, (rank, processes) = len(dataset.train.labels), evaluate.process()
+    s = Namespace(**vars(s) | {"batch_size": min(s.batch_size, n)})  # of the labelled images too
     bounds, orders = data.batch_bounds(n, s.batch_size, processes), itertools.repeat(None)
     if s.delta:
         tiles = torch.Generator().manual_seed(stream(s.seed, epoch, "tiles"))
@@ -849,7 +850,8 @@ def located(dataset):
 def script(name, *words):
     """A command line that runs a script of this project from the current folder."""
     path = Path(__file__).with_name(name)
-    return shlex.join(["python", name if path.parent == Path.cwd() else str(path), *map(str, words)])
+    join = subprocess.list2cmdline if os.name == "nt" else shlex.join
+    return join(["python", name if path.parent == Path.cwd() else str(path), *map(str, words)])
 
 
 def settle(given):
@@ -1015,6 +1017,9 @@ def process_group(given):
     if "LOCAL_RANK" not in os.environ:
         yield
         return
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UsageError(f"the environment has LOCAL_RANK but no {missing[0]}; expected those of torchrun, or neither")
     device, local = evaluate.pick_device(given.get("device", "auto")), int(os.environ["LOCAL_RANK"])
     if device.type == "cuda":
         if local >= torch.cuda.device_count():
@@ -1056,7 +1061,8 @@ def prepare(s, model=None):
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it; each filling is a kernel
     with first_process_first():
         dataset = evaluate.prepare_data(s)
-    dataset.digests = {"train": data.digest(dataset, dataset.train), "test": data.digest(dataset, dataset.test)}
+    dataset.digests = {part: data.digest(dataset, split) for part in ("train", "test", "val")
+                       if (split := getattr(dataset, part)) is not None}
     if s.test_share != DEFAULTS["test_share"] and not dataset.test_drawn:
         raise UsageError(f"--test-share {s.test_share:g}: has no effect on {dataset.name}, which has test images of "
                          "its own; leave it out")
@@ -1170,15 +1176,19 @@ def keep_config(requested, s, dataset, model, folder, output, command):
     first = json.loads((folder / "config.json").read_text())
     config["settings"] = settings = settings | {"precision": first["settings"]["precision"]}  # "auto", as asked for
     changed = [f"{key} {first[key]}, now {config[key]}" for key in BITS if first.get(key, config[key]) != config[key]]
-    # Of pixels too: another machine's decoder of pictures, or its blur.
-    other_bits = changed and "digests" in first and config["digests"] != first["digests"]
+    # Of pixels too: another processor's or another torch's decoder of pictures, or its blur.
+    elsewhere = any(first.get(key, "").split(",")[0] != config[key].split(",")[0] for key in ("torch", "machine"))
+    recorded = first.get("digests", {})  # older runs have none, or none of held-out images
+    now = {part: each for part, each in config["digests"].items() if part in recorded}
+    other_bits = elsewhere and now != recorded
     for key, name in (("classes", "classes"), ("images", "images"), ("image_shape", "image shape"),
                       ("digests", "images and labels by their hashes"),
                       ("pool", "files, from which the seed draws the test images, by their hashes")):
         known = key in first or key == "pool" and dataset.test_drawn  # older runs drew other test images
-        if known and config[key] != first.get(key) and not (key == "digests" and other_bits):
-            raise UsageError(f"--resume {folder}: the data set's {name} are {listed(config[key])}; expected "
-                             f"{listed(first.get(key, {}))}, as when the run began")
+        found, expected = (now, recorded) if key == "digests" else (config[key], first.get(key, {}))
+        if known and found != expected and not (key == "digests" and other_bits):
+            raise UsageError(f"--resume {folder}: the data set's {name} are {listed(found)}; expected "
+                             f"{listed(expected)}, as when the run began")
     if other_bits:
         changed.append("other images or labels by their hashes")
     if changed:
@@ -1241,10 +1251,15 @@ def execute(given, command, output_file=None):
     with contextlib.ExitStack() as stack:
         if rank:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        if given.get("resume"):
+        if "resume" in given:
             folder = Path(given["resume"])
+            if folder.name in ("", ".."):  # a path without the folder's own name
+                folder = folder.resolve()
             if not rank and folder.is_dir():
                 stack.enter_context(locked(folder))
+                for part in folder.glob(".*.part"):  # of a process that was killed as it wrote
+                    with contextlib.suppress(OSError):
+                        part.unlink()
             s, state, model = reopen(given, folder)
         else:
             s, state, model = settle(given), None, None

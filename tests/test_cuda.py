@@ -369,7 +369,9 @@ def test_what_is_copied_for_an_epoch_does_not_depend_on_its_batches():
 # ---------------------------------------------------------------- processes and GPUs
 
 def test_more_processes_than_gpus_are_refused(monkeypatch, capsys):
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name, value in (("LOCAL_RANK", "1"), ("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"),
+                        ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(evaluate, "pick_device", lambda name: CUDA)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(train.dist, "init_process_group", lambda *_, **__: pytest.fail("a group was made"))

@@ -258,6 +258,15 @@ def test_pictures_of_every_mode(tmp_path, mode, expected):
     assert np.abs(pixels.reshape(-1, 3).astype(int) - expected).max() <= (8 if mode in "CMYK P" else 0)
 
 
+def test_a_picture_with_a_damaged_exif_is_an_error_that_names_it(tmp_path):
+    """Its width, tag 0x101, is a text, which Pillow fails to write again without its orientation."""
+    exif = (b"Exif\0\0MM\0*\0\0\0\x08\0\x02\x01\x01\0\x02\0\0\0\x06\0\0\0&\x01\x12\0\x03\0\0\0\x01\0\x06"
+            b"\0\0\0\0\0\0hello\0")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=exif)
+    with pytest.raises(data.DataError, match=r"a\.jpg: cannot be read as a picture"):
+        data.read_image(tmp_path / "a.jpg")
+
+
 def test_a_picture_is_turned_as_its_exif_says(tmp_path):
     picture = Image.new("RGB", (6, 4), "black")
     picture.paste("white", (0, 0, 6, 1))  # the top row, which orientation 6 turns to the right
@@ -747,11 +756,14 @@ def change_pixels(root):
 def test_a_changed_folder_is_read_anew_and_its_old_cache_deleted(cached, change, reads):
     data.load(str(cached))
     before = caches(cached)
-    (cached / ".cache-full-0123.npy.99").write_text("left by a killed process")
+    (cached / ".cache-full-0123456789abcdef.npy.99").write_text("left by a killed process")
+    (cached / ".cache-notes.npy").write_text("not of this program")
     change(cached)
     reads.clear()
     made = data.load(str(cached))
     assert len(reads) == 1 + len(made.train.labels) + len(made.test.labels)
+    assert (cached / ".cache-notes.npy").exists()
+    (cached / ".cache-notes.npy").unlink()
     assert len(caches(cached)) == 1 and caches(cached) != before
     (cached / caches(cached)[0]).unlink()
     assert_equal(made, data.load(str(cached)))

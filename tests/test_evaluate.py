@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 from argparse import Namespace
@@ -742,7 +743,7 @@ def test_what_an_evaluation_needs_is_what_training_sets(name):
     if isinstance(row.accepts, train.Number):
         assert (needed.accepts, needed.low, needed.high) == (row.accepts.kind, row.accepts.low, row.accepts.high)
     else:
-        kinds = {train.names: list, train.shares: dict}
+        kinds = {train.names: list, train.shares: dict, evaluate.nonempty: str}
         assert needed.accepts == kinds.get(row.accepts, row.accepts)
 
 
@@ -906,16 +907,75 @@ def test_the_picture_shows_the_losses_of_all_runs(figures, tmp_path):
         assert {(1, 2 + more), (1, 4 + more), (2, 1 + more), (2, 1.5 + more)} <= heights
 
 
-@pytest.mark.parametrize("differs", ["network", "digests"])
+ORIGIN = {"network": {"encoder": "C(8)"}, "digests": {"train": "0", "test": "0"}}
+OTHER = [{"network": {"encoder": "C(9)"}}, {"digests": {"train": "0", "test": "1"}},
+         {"digests": {"train": "1", "test": "0"}}]
+
+
+@pytest.mark.parametrize("differs", OTHER, ids=["network", "test", "train"])
 def test_runs_of_another_network_or_data_set_are_another_group(differs, tmp_path):
     """Where a row of VERSIONS or the files of a data set have changed, the settings are the same."""
     for seed in range(2):
         folder = write_run(tmp_path / f"v3_seed{seed}", 50.0, seed=seed)
-        write_origin(folder, network={"encoder": "C(8)"}, digests={"train": f"{seed}", "test": "0"})
+        write_origin(folder, **ORIGIN)
     assert len(evaluate.group_runs(evaluate.collect([tmp_path]))) == 1
-    write_origin(folder, source="/drawn/set.npz (.npz)",  # a path
-                 **{differs: {"network": {"encoder": "C(9)"}, "digests": {"train": "0", "test": "1"}}[differs]})
+    write_origin(folder, source="/drawn/set.npz (.npz)", **differs)  # a path
     assert len(evaluate.group_runs(evaluate.collect([tmp_path]))) == 2
+
+
+@pytest.mark.parametrize("drawn", [{"train_size": 9}, {"val_share": 0.1}, {"variant": "smote"}], ids=str)
+def test_seeds_that_draw_other_training_images_are_one_group(drawn, tmp_path):
+    for seed in range(2):
+        folder = write_run(tmp_path / f"v3_seed{seed}", 50.0, seed=seed, **drawn)
+        write_origin(folder, digests={"train": f"{seed}", "test": "0"})
+    assert len(evaluate.group_runs(evaluate.collect([tmp_path]))) == 1
+
+
+@pytest.mark.parametrize("differs", OTHER, ids=["network", "test", "train"])
+def test_only_runs_of_one_network_on_the_same_images_are_a_pair(differs, tmp_path):
+    """Beta 1 and 0, before and after a row of VERSIONS or the files of a data set have changed."""
+    for beta in (1.0, 0.0):
+        write_origin(write_run(tmp_path / "old" / f"v3_beta{beta:g}", 50.0, beta=beta), **ORIGIN)
+        write_origin(write_run(tmp_path / "new" / f"v3_beta{beta:g}", 60.0, beta=beta), **ORIGIN | differs)
+    groups = evaluate.group_runs(evaluate.collect([tmp_path / "old", tmp_path / "new"]))
+    pairs = {groups[name][0].folder: groups[other][0].folder
+             for name, other in evaluate.references(groups, "beta=0").items()}
+    assert pairs == {tmp_path / place / "v3_beta1": tmp_path / place / "v3_beta0" for place in ("old", "new")}
+    shutil.rmtree(tmp_path / "old/v3_beta0")  # then the old one has no reference
+    groups = evaluate.group_runs(evaluate.collect([tmp_path / "old", tmp_path / "new"]))
+    assert [groups[name][0].folder for name in evaluate.references(groups, "beta=0")] == [tmp_path / "new/v3_beta1"]
+
+
+def test_a_file_that_two_processes_write_is_of_one_of_them(tmp_path, monkeypatch):
+    def slow(part):
+        part.write_text("slow")
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        evaluate.write_whole(tmp_path / "report.json", lambda other: other.write_text("fast"))
+        assert (tmp_path / "report.json").read_text() == "fast" and part.read_text() == "slow"
+    evaluate.write_whole(tmp_path / "report.json", slow)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["slow"]
+
+
+def test_a_log_that_is_no_table_is_one_line(tmp_path):
+    folder = write_run(tmp_path / "v3", 50.0)
+    with open(folder / "log.csv", "a") as file:
+        file.write(f"{'1' * 200_000}\n")  # above csv's limit
+    with pytest.raises(evaluate.UsageError, match="not the folder of a finished run"):
+        evaluate.read_run(folder)
+
+
+def test_an_evaluation_says_that_the_test_images_have_changed(tiny, tmp_path, capsys):
+    npz = tmp_path / "set.npz"
+    shutil.copy(tiny, npz)
+    assert train.main(["--version", "v3", "--dataset", str(npz), "--epochs", "1", "--name", "run", "--output",
+                       str(tmp_path)]) == 0
+    model, content = evaluate.load_checkpoint(tmp_path / "run/best.pt")
+    evaluate.load_test(model, content, "cpu")
+    assert capsys.readouterr().err == ""
+    with np.load(npz) as file:
+        np.savez(npz, **dict(file) | {"x_test": file["x_train"][:30], "y_test": file["y_train"][:30]})
+    evaluate.load_test(model, content, "cpu")
+    assert "set.npz (.npz) are not those of the training" in capsys.readouterr().err
 
 
 def test_a_comparison_does_without_a_damaged_checkpoint(trained, compared, tmp_path):

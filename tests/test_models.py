@@ -712,6 +712,7 @@ def hostile_files(good, ran):
         "other-weights": content | {"model": build("v2").state_dict()}, "no-weights": content | {"model": {}},
         "text-for-weights": content | {"model": "weights"}, "a-list-of-weights": content | {"model": [one]},
         "repeated-weights": content | {"model": {key: one.expand(tensor.shape) for key, tensor in weights.items()}},
+        "nan-weights": content | {"model": {key: tensor * float("nan") for key, tensor in weights.items()}},
         "sparse-weights": content | {"model": {key: tensor.to_sparse() for key, tensor in weights.items()}},
         "bad-notation": content | {"version": {"encoder": "C(?)"}},
         "unknown-field": content | {"version": version | {"code\x1b[2J\n": "import os"}},

@@ -1184,10 +1184,55 @@ def test_other_bits_of_the_images_on_another_machine_are_a_warning(tiny, tmp_pat
     folder = run(str(path), tmp_path / "out", "--version", "v3", "--name", "one")
     with np.load(path) as file:
         np.savez(path, **dict(file) | {"x_test": file["x_test"] ^ 1})
-    monkeypatch.setattr(train.torch, "get_num_threads", lambda: 7)
+    monkeypatch.setattr(train.torch, "get_num_threads", lambda: 7)  # which change no pixel
+    assert fails("--resume", folder, "--epochs", "3", "--device", "cpu") == 2
+    assert "images and labels by their hashes are" in capsys.readouterr().err
+    monkeypatch.setattr(train.torch.backends.cpu, "get_cpu_capability", lambda: "Z80")
     assert train.main(["--resume", str(folder), "--epochs", "3", "--device", "cpu"]) == 0
     warning, = [line for line in capsys.readouterr().err.splitlines() if "differ slightly" in line]
-    assert " 7 threads; other images or labels by their hashes: its result" in warning
+    assert " Z80, 7 threads; other images or labels by their hashes: its result" in warning
+
+
+def test_a_run_whose_held_out_images_have_changed_does_not_resume(tiny, tmp_path, capsys):
+    shutil.copy(tiny, tmp_path / "set.npz")
+    folder = run(str(tmp_path / "set.npz"), tmp_path / "out", "--version", "v3", "--val-share", "0.2")
+    with np.load(tmp_path / "set.npz") as file:
+        arrays, val = dict(file), data.load(str(tmp_path / "set.npz"), val_share=0.2).val
+    held_out = (torch.as_tensor(arrays["x_train"])[:, None] == val.images).flatten(2).all(2).any(1)
+    assert held_out.sum() == len(val.labels) == 12
+    arrays["x_train"][held_out.numpy()] ^= 1
+    np.savez(tmp_path / "set.npz", **arrays)
+    assert fails("--resume", folder, "--epochs", "3") == 2
+    assert "images and labels by their hashes are" in capsys.readouterr().err
+    config = config_of(folder)  # as of a run before held-out images had a hash
+    del config["digests"]["val"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert train.main(["--resume", str(folder), "--epochs", "3"]) == 0
+
+
+def test_a_run_resumes_from_within_its_folder(tiny, tmp_path, monkeypatch):
+    folder = run(tiny, tmp_path, "--version", "v3")
+    (folder / "inner").mkdir()
+    (folder / ".last.pt.99.part").write_text("left by a killed process")
+    for epochs, place, name in ((3, folder, "."), (4, folder.with_name("v3_dataset-tiny_epochs3") / "inner", "..")):
+        monkeypatch.chdir(place)
+        assert train.main(["--resume", name, "--epochs", str(epochs)]) == 0
+        assert len(log(folder.with_name(f"v3_dataset-tiny_epochs{epochs}"))) == epochs
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_an_incomplete_environment_of_torchrun_is_an_error(tiny, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert fails("--version", "v3", "--dataset", tiny, "--epochs", "1") == 2
+    assert "the environment has LOCAL_RANK but no RANK" in capsys.readouterr().err
+
+
+def test_a_batch_above_the_training_set_has_as_many_labelled_images():
+    dataset = shapes(40)
+    dataset.labelled = data.take(dataset.train, 10, 0)
+    count, steps = train.epoch_steps(dataset, settings(batch_size=1000, labels=10), 0)
+    (everything, labelled, _), = steps
+    assert (count, len(everything.labels), len(labelled.labels), labelled.size) == (1, 40, 40, 40)
 
 
 def test_a_run_whose_test_images_were_drawn_otherwise_does_not_resume(tmp_path, capsys):

@@ -37,6 +37,10 @@ def place(trained, tmp_path_factory):
     np.savez(root / "object.npz", **arrays | {"y_train": np.array([{}] * 60, dtype=object)})
     np.savez(root / "names.npz", **arrays | {"classes": np.array([*data.SHAPES[:-1], "dog"])})
     np.savez(root / "twice.npz", **arrays | {"classes": np.array([*data.SHAPES[:-1], data.SHAPES[0]])})
+    np.savez(root / "text-for-names.npz", **arrays | {"classes": np.array("a,b")})
+    np.savez(root / "bytes-for-names.npz", **arrays | {"classes": np.array([f"c{i}".encode() for i in range(10)])})
+    np.savez(root / "untested.npz", **{key: value for key, value in arrays.items() if key != "classes"}
+             | {"y_test": np.full(30, 2)})
     flat = np.zeros((2, 0, 5), np.uint8)
     np.savez(root / "flat.npz", x_train=flat, y_train=np.arange(2), x_test=flat, y_test=np.arange(2))
     np.savez(root / "two.npz", x_train=SQUARE, y_train=np.arange(2), x_test=SQUARE, y_test=np.arange(2))
@@ -162,6 +166,10 @@ TRAIN = [  # flags ({} is the folder of wrong things), a part of the answer
     ("--seeds 2 --list --labels 5 --alpha 0", "--labels: has no effect without --alpha above 0"),
     ("--variant constrained --constrain ring=0.5,ring=0.1", "expected CLASS=SHARE,..., such as bird=0.5"),
     ("--dataset {}/twice.npz", "classes has the name 'circle' more than once; expected 10 different names"),
+    ("--dataset {}/text-for-names.npz", "classes is <U3 of shape (); expected a row of 10 names"),
+    ("--dataset {}/bytes-for-names.npz", "classes is |S2 of shape (10,); expected a row of 10 names"),
+    ("--dataset {}/untested.npz --classes 0,1", "--classes 0,1: untested has no test image of 0 or 1"),
+    ("--dataset=", "--dataset: '': expected a name or a path"),
     ("--dataset {}/flat.npz", "x_train is uint8 of shape (2, 0, 5); expected uint8 (N, H, W)"),
     ("--variant smoted", "invalid choice: 'smoted'"),
     ("--dataset {}/tiny.npz --variant constrained", "such as --constrain circle=0.5"),
@@ -246,6 +254,7 @@ TRAIN = [  # flags ({} is the folder of wrong things), a part of the answer
     ("--seeds 2 --device warp --dataset {}/tiny.npz", "--device warp: unavailable on this machine"),
     # a run to resume
     ("--resume {}/nowhere", "nowhere: there is no such folder; expected the folder of a run"),
+    ("--resume=", "--resume: '': expected a name or a path"),
     ("--resume {}/file", "file: is a file; expected the folder of a run"),
     ("--resume {}/no-config", "expected the folder of a run"),
     ("--resume {}/bad-config", "expected the folder of a run"),
@@ -288,8 +297,8 @@ EVALUATE = [
     ("--ckpt {}/run/best.pt --dataset {}/two.npz", "has 2 classes, the checkpoint 10"),
     ("--ckpt {}/run/best.pt --dataset {}/names.npz", "its class 'dog' is none of the checkpoint's: circle ring"),
     ("--ckpt {}/run/best.pt --dataset {}/grey.npz", "images of 1x32x32, the checkpoint takes 3x32x32"),
+    ("--ckpt {}/run/best.pt --dataset=", "--dataset: '': expected a name or a path"),
     ("--ckpt {}/run/best.pt --device warp", "--device warp: unavailable on this machine"),
-    ("--ckpt {}/run/best.pt --output {}/file", "file"),
     ("--ckpt {}/run/best.pt --knm 5", "unrecognized arguments: --knm 5"),
     ("--ckpt {}/run/best.pt --knn 0", "'0': expected whole numbers"),
     ("--ckpt {}/run/best.pt --knn 1,x", "'1,x': expected whole numbers"),
@@ -458,6 +467,7 @@ def hostile(good, ran):
         "no-classes": {key: value for key, value in content.items() if key != "classes"},
         "classes-of-numbers": content | {"classes": list(range(10))},
         "nine-classes": content | {"classes": ["a"] * 9},
+        "escape-codes": content | {"classes": ["a\x1b[2J", *content["classes"][1:]]}, "line": settings(dataset="a\nb"),
         "no-settings": {key: value for key, value in content.items() if key != "settings"},
         "list-of-settings": content | {"settings": [1]},
         "scale": settings(scale="foo"), "scale-tensor": settings(scale=torch.zeros(2, 2)), "size": settings(size="a"),
