@@ -644,12 +644,12 @@ def read_run(folder):
                     for row in csv.DictReader(file)]
         best_row(rows)["train_classifier"]
         config, metrics = (json.loads((folder / name).read_text()) for name in ("config.json", "metrics.json"))
-        if metrics["epochs"] != config["settings"]["epochs"] or "seed" not in config["settings"]:
+        s = config["settings"]
+        if metrics["epochs"] != s["epochs"] or "seed" not in s:
             raise ValueError
         images, pool = config.get("digests", {}).get("test"), config.get("pool")
         if pool:  # test images that the seed draws differ within a group
-            images = repr([pool, *(config["settings"].get(name) for name in ("test_size", "test_share", "blur"))])
-        s = config["settings"]
+            images = repr([pool, *(s.get(name) for name in ("test_size", "test_share", "blur"))])
         drawn = pool or s.get("train_size") or s.get("val_share") or s.get("variant", "complete") != "complete"
         train = None if drawn else config.get("digests", {}).get("train")
         return Run(folder.resolve(), s | {"precision": config["precision"]}, rows, metrics,

@@ -1257,10 +1257,11 @@ def execute(given, command, output_file=None):
                 folder = folder.resolve()
             if not rank and folder.is_dir():
                 stack.enter_context(locked(folder))
+            s, state, model = reopen(given, folder)
+            if not rank:
                 for part in folder.glob(".*.part"):  # of a process that was killed as it wrote
                     with contextlib.suppress(OSError):
                         part.unlink()
-            s, state, model = reopen(given, folder)
         else:
             s, state, model = settle(given), None, None
         requested = dict(vars(s))

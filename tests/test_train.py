@@ -1221,6 +1221,11 @@ def test_a_run_resumes_from_within_its_folder(tiny, tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*.part"))
 
 
+def test_a_folder_that_is_no_run_keeps_its_files(tmp_path):
+    (tmp_path / ".film.part").write_text("not of this program")
+    assert fails("--resume", tmp_path) == 2 and (tmp_path / ".film.part").exists()
+
+
 def test_an_incomplete_environment_of_torchrun_is_an_error(tiny, monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert fails("--version", "v3", "--dataset", tiny, "--epochs", "1") == 2
