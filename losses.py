@@ -81,10 +81,10 @@ TERMS = {  # the flag: its term
                  "MSE (normalised pixels)", "weight of the reconstruction's mean squared error", 1.0),
     "gamma": Term("l2", l2_reg_loss, ("parameters",),
                   "half the sum of squares", "weight of the L2 loss, half the sum of squares of all weights"),
-    "delta": Term("jigsaw", jigsaw_recon_loss, ("jigsaw_reconstruction", "images"),
-                  "MSE (normalised pixels)", "weight of the squared error of images rebuilt from jumbled tiles"),
+    "delta": Term("jigsaw", jigsaw_recon_loss, ("jigsaw_reconstruction", "images"), "MSE (normalised pixels)",
+                  "weight of the squared error of images rebuilt from jumbled tiles"),
     "kl": Term("kl", kl_loss, ("mean", "log_variance", "images"), "KL divergence per value (nats)",
-               "weight of a variational code's KL divergence; 2 s^2 for decoded pixels of standard deviation s"),
+               "weight of a variational code's KL divergence; 2 s^2 for pixels of standard deviation s"),
 }
 
 
@@ -107,18 +107,18 @@ def weighted_loss(weights, **tensors):
     them. A term whose weight is 0 is not computed and not in the dict. Raises ValueError for an
     unknown weight, for a missing tensor, and where no term has a weight.
     """
-    unknown = set(weights) - set(TERMS)
+    unknown = sorted(set(weights) - set(TERMS))
     if unknown:
-        raise ValueError(f"no weight {sorted(unknown)[0]!r}; there are {' '.join(TERMS)}")
-    given = [name for name, tensor in tensors.items() if tensor is not None]
-    missing = needed(weights) - set(given) - set(OPTIONAL)
+        raise ValueError(f"no weight {unknown[0]!r}; there are {' '.join(TERMS)}")
+    passed = [name for name, tensor in tensors.items() if tensor is not None]
+    missing = sorted(needed(weights) - set(passed) - set(OPTIONAL))
     if missing:
-        raise ValueError(f"no tensor {sorted(missing)[0]!r}, which these weights need; got {' '.join(given)}")
+        raise ValueError(f"no tensor {missing[0]!r}, which these weights need; got {' '.join(passed)}")
     terms = {term.name: term.loss(*(tensors.get(name) for name in term.needs))
              for flag, term in TERMS.items() if weights.get(flag)}
     if not terms:
         raise ValueError("all weights are 0: there is nothing to train on")
-    return weighted_sum({flag: weight for flag, weight in weights.items() if weight}, terms), terms
+    return weighted_sum(weights, terms), terms
 
 
 def jumble(images, grid, order):
@@ -136,15 +136,10 @@ def jumble(images, grid, order):
 
 # ---------------------------------------------------------------- error measures
 
-def class_counts(labels, classes):
-    """Images of each class, (classes,) int64; labels (N,). Unlike bincount it does not wait for a GPU."""
-    return (labels[:, None] == torch.arange(classes, device=labels.device)).sum(0)
-
-
 def balanced_weights(labels, classes):
     """Class weights (classes,) float32 by which every class that has images counts the same in the
-    mean over these labels: images / (classes with images * images of the class); 0 for the others."""
-    counts = class_counts(labels, classes)
+    mean over these labels (N,): N / (classes with images * images of the class); 0 for the others."""
+    counts = (labels[:, None] == torch.arange(classes, device=labels.device)).sum(0)  # bincount waits
     present = counts > 0
     return torch.where(present, len(labels) / (present.sum() * counts.clamp(min=1)), 0.0)
 
@@ -157,9 +152,17 @@ def confusion_matrix(labels, predicted, classes):
 
 
 def per_class(confusion, classes):
-    """Accuracy in percent by class name, from counts [true][predicted]; None without images."""
-    return {name: 100 * row[i] / sum(row) if sum(row) else None
-            for i, (name, row) in enumerate(zip(classes, confusion))}
+    """{name: {"recall", "precision", "f1", "images"}} of the classes, the first three in percent, None where
+    there is nothing to divide by. confusion: counts [true class][predicted class], nested lists. The recall
+    is what is often called the class's accuracy."""
+    def percent(part, whole):
+        return 100 * part / whole if whole else None
+    result = {}
+    for i, name in enumerate(classes):
+        right, images, predicted = confusion[i][i], sum(confusion[i]), sum(row[i] for row in confusion)
+        result[name] = {"recall": percent(right, images), "precision": percent(right, predicted),
+                        "f1": percent(2 * right, images + predicted), "images": images}
+    return result
 
 
 def reconstruction_errors(rebuilt, pixels):
@@ -173,10 +176,3 @@ def reconstruction_errors(rebuilt, pixels):
     mse = error.square().mean(1)
     return {"mse": mse, "mae": error.abs().mean(1), "psnr": -10 * mse.clamp(min=1e-10).log10(),
             "absolute_error": error.abs().sum(1), "net_error": error.sum(1).abs()}
-
-
-def roc_auc(scores, others):
-    """The probability that one of `scores` is above one of `others` (both 1-d), ties counted half."""
-    others = others.sort().values
-    below = torch.searchsorted(others, scores) + torch.searchsorted(others, scores, right=True)
-    return below.double().mean().item() / (2 * len(others))
