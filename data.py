@@ -659,8 +659,9 @@ def _affine(images, shift, factor):
     return torch.addcmul(shift, rows, factor).view(b, h, w, c).permute(0, 3, 1, 2)
 
 
-def _crop(images, size, margin, offsets):
-    """Images brought to size x size, as `normalise` says."""
+def _crop(images, size, margin, offsets=None):
+    """Images brought to size x size, as `normalise` says. offsets: (B, 2), from 0 (top, left) to 1, where each
+    image's crop lies; the centre where None."""
     if size is None or not margin and tuple(images.shape[2:]) == (size, size):
         return images
     from torchvision.transforms.v2 import functional as TF
@@ -673,14 +674,13 @@ def _crop(images, size, margin, offsets):
     return images.permute(0, 2, 3, 1)[image[:, None, None], rows, columns].permute(0, 3, 1, 2)
 
 
-def normalise(images, size=None, margin=False, offsets=None, scale="imagenet"):
+def normalise(images, size=None, margin=False, scale="imagenet"):
     """Images (B, C, H, W) of 0-255 as the network sees them: float32, minus mean, over std.
 
-    size: bring them to size x size first: shorter side scaled (bilinear), then cropped. margin: scale to 8/7
-    of size before the crop, as ImageNet's 256 and 224. offsets: (B, 2), from 0 (top, left) to 1, where each
-    image's crop lies; the centre where None. scale: a name of SCALES.
+    size: bring them to size x size first: shorter side scaled (bilinear), then cropped in the centre. margin:
+    scale to 8/7 of size before the crop, as ImageNet's 256 and 224. scale: a name of SCALES.
     """
-    images = _crop(images, size, margin, offsets)
+    images = _crop(images, size, margin)
     mean, std = _mean_std(images.shape[1], math.prod(images.shape[2:]), images.device, scale)
     return _affine(images, -mean / std, 1 / (255 * std))
 

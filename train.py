@@ -203,7 +203,8 @@ def phases(args):
         """The weights, 0 for the terms that need that tensor."""
         return {flag: args.weights[flag] * (tensor not in term.needs) for flag, term in losses.TERMS.items()}
     whole = vars(args) | {"lr_step": max(1, args.lr_step // 2)}
-    one = dict(start=0, end=first, frozen=False, weights=without("labels"), weight_decay=decay, trained=["decoder"])
+    one = dict(start=0, end=first, frozen=False, weights=without("labels"), weight_decay=decay,
+               trained=["decoder"])
     two = dict(start=first, end=args.epochs, frozen=args.freeze_encoder, weights=without("images"))
     return [Namespace(**whole | one), Namespace(**whole | two)]
 
@@ -240,7 +241,7 @@ def train(model, dataset, args, folder, state=None):
                          "images_per_second": len(dataset.train.labels) / seconds,
                          "test_seconds": time.perf_counter() - start - seconds}
             print_row(table, rows[-1])
-            save(folder, model, dataset, phase, rows, tested, optimizer)
+            save(folder, model, dataset, args, phase.trained, rows, tested, optimizer)
     return rows, tested
 
 
@@ -261,10 +262,11 @@ def measure_epoch(model, dataset, args, epoch, trained):
     return row, tested
 
 
-def save(folder, model, dataset, args, rows, tested, optimizer):
-    """log.csv, last.pt and, where the last epoch is the best one so far, best.pt."""
-    content = dict(settings=vars(args), classes=dataset.classes, epoch=len(rows), digest=args.digest,
-                   preparation=args.preparation, image_shape=list(dataset.train.images.shape[1:]))
+def save(folder, model, dataset, args, trained, rows, tested, optimizer):
+    """log.csv, last.pt and, where the last epoch is the best one so far, best.pt. trained: the parts by now."""
+    content = dict(settings=vars(args) | {"trained": trained}, classes=dataset.classes, epoch=len(rows),
+                   digest=args.digest, preparation=args.preparation,
+                   image_shape=list(dataset.train.images.shape[1:]))
     evaluate.write_csv(folder / "log.csv", rows)
     if evaluate.best_row(rows) is rows[-1]:
         evaluate.write_whole(folder / "best.pt", lambda part: models.save(part, model, **content))
@@ -365,7 +367,7 @@ def check_network(model, dataset, args, sides):
             ("decoder" in args.trained and args.scale not in reach, f"--scale {args.scale}: the decoder of "
              f"{args.version} ends in a {end}, not reaching its values; expected {' or '.join(reach)}"),
             (args.delta and any(side % args.jigsaw_grid for side in sides),
-             f"--jigsaw-grid {args.jigsaw_grid}: does not cut images of {sides[1]}x{sides[0]} into equal tiles"),
+             f"--jigsaw-grid {args.jigsaw_grid}: does not cut images of {sides[1]}x{sides[0]} evenly"),
             ("classifier" in args.trained and model.num_classes < 2,
              f"--alpha {args.alpha:g}: {dataset.name} has one class here; expected two, or --alpha 0"),
             (args.labels and args.labels < model.num_classes,
@@ -390,7 +392,8 @@ def run_name(args):
         parts = [slug(notation) for notation in (args.encoder, args.classifier) if notation]
     for key, value in usual.items():
         chosen, flag = getattr(args, key), key.replace("_", "-")
-        unnamed = key in ("version", "precision", *evaluate.INCIDENTAL) or key == "beta" and args.decoder == "none" or (
+        unnamed = key in ("version", "precision", *evaluate.INCIDENTAL) or (
+            key == "beta" and args.decoder == "none") or (
             args.version == "custom" and key in ("encoder", "classifier")) or (
             key == "flip" and args.dataset in data.NEVER_FLIPPED)
         if chosen == value or unnamed or key == "dataset" and chosen == (value or "cifar10"):
@@ -423,8 +426,7 @@ def git_commit():
 
 
 def make_folder(args, dataset, model, device, command):
-    """A new folder for the run with its config.json: its name, or with a number where that is taken.
-    UsageError."""
+    """A new folder for the run with its config.json: its name, or with a number where that is taken."""
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else (
         f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
     config = {
@@ -525,7 +527,7 @@ def execute(args, typed, command):
     if processes > 1 and not rank:
         dist.barrier()
     if rank:
-        return Result(model, train(model, dataset, args, None)[0], None)
+        return Result(model, train(model, dataset, args, None, state)[0], None)
     device = dataset.train.images.device
     if folder is None:
         folder = make_folder(args, dataset, model, device, command)
@@ -562,7 +564,7 @@ def run(**settings):
         elif value is not None:
             words.append(f"{flag}={value}")
     many, words = MANY.parse_known_args(words)
-    if many.sweep or many.seeds or many.list:
+    if many != MANY.parse_args([]):
         raise UsageError("train.run trains one run; expected no sweep, seeds, jobs or list")
     return execute(*parse(words), ["python", "train.py", *words])
 
@@ -586,7 +588,7 @@ def plan(many, words):
         settings = [parse(line)[1] for line in runs]
         for flag in typed:
             if len({repr(each.get(flag)) for each in settings}) > 1:
-                raise UsageError(f"--{flag.replace('_', '-')}: the sweep {many.sweep} varies it; leave it out")
+                raise UsageError(f"--{flag.replace('_', '-')}: {many.sweep} varies it; leave it out")
         output = str(Path(output, f"sweep-{slug(many.sweep)}"))
     runs = [[*line, *words, "--seed", str(args.seed + i), "--output", output]
             for line in runs for i in range(many.seeds or 1)]
@@ -629,13 +631,13 @@ def train_many(many, words):
             status = process.wait()
             running.discard(process)
         slots.put(slot)
-        last = Path(f"{folder}.txt").read_text(encoding="utf-8").strip().split("\n")[-1]
+        last = Path(f"{folder}.txt").read_text(encoding="utf-8").strip().split("\n")[-1] or "no output"
         result = f"  failed: {last} ({folder}.txt)" if status else summary(folder)
         print(f"{folder.name:<{width}}{result}{(time.time() - start) / 60:>8.1f} min", flush=True)
         return not status
 
-    print(f"{len(todo)} of {len(runs)} runs to train, {jobs} at once, {threads} CPU threads each, into {output}",
-          flush=True)
+    print(f"{len(todo)} of {len(runs)} runs to train, {jobs} at once, {threads} CPU threads each, into "
+          f"{output}", flush=True)
     Path(output).mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(jobs) as pool:
         try:
@@ -677,7 +679,6 @@ def summary(folder):
 
 # ---------------------------------------------------------------- recipes and sweeps
 
-# What a version's recipe changes of the CIFAR study's.
 STANDARD = dict(size=224, margin=True, pretrained=True)
 # The other studies: Adam, no learning-rate decay, no flips.
 OTHERS = dict(scale="0..1", flip=False, alpha=0.0, optimizer="adam", lr=0.001, weight_decay=0.0, lr_step=1000,
@@ -689,6 +690,7 @@ V5 = dict(label_smoothing=0.2, shift=2, optimizer="muon", lr=0.15, momentum=0.85
           schedule="onecycle", epochs=10, batch_size=500)
 KINDS, LATENT = ["mlp", "combo", "cnn"], ["cnn10", "cnn32", "cnn100", "cnn1000"]
 DEPTHS = ["cnnL1", "cnnL3", "cnnL5", "cnnL10"]
+# What a version's recipe changes of the CIFAR study's.
 RECIPES = dict.fromkeys([*models.VERSIONS, "custom"], {}) | {
     "v2.3": dict(size=64), "v4": dict(gamma=0.001), "v4-stride2": dict(gamma=0.001),
     "v5-small": V5 | dict(epochs=6), "v5": V5, "v5-large": V5 | dict(epochs=40),
@@ -702,7 +704,7 @@ RECIPES = dict.fromkeys([*models.VERSIONS, "custom"], {}) | {
 class Sweep(NamedTuple):
     runs: object  # SETTING=V1,V2,..., or a list of flags, a run each
     help: str
-    against: str | None = "beta=0"  # as of evaluate.py --against
+    against: str | None = None  # as of evaluate.py --against; of SETTING=V1,V2 its first value
 
 
 def both(*lines, more=""):
@@ -732,15 +734,15 @@ OF_V4 = """--gamma 0
 INGREDIENTS = ["", "--beta 0", "--encoder \"C'(32)>B(32)>B'(32)\"", "--label-smoothing 0", "--shift 0",
                "--schedule step --lr-step 2", "--optimizer adam --lr 0.01", "--optimizer sgd --lr 0.7"]
 SWEEPS = {
-    "help": Sweep(both(*(f"--version {version}" for version in ("v1", "v2", "v3", "v4", "v4 --blur 1")), more=SHORT),
-                  "v1 to v4, and v4 on blurred images, with beta 1 and 0, 12 epochs"),
+    "help": Sweep(both(*(f"--version {row}" for row in ("v1", "v2", "v3", "v4", "v4 --blur 1")), more=SHORT),
+                  "v1 to v4, and v4 on blurred images, with beta 1 and 0, 12 epochs", "beta=0"),
     "labels": Sweep(both(*(f"--version v4 --labels {count}" for count in (100, 1000, 10_000)), more=SHORT),
-                    "v4 with 100, 1,000, 10,000 labels, beta 1 and 0, 12 epochs"),
+                    "v4 with 100, 1,000, 10,000 labels, beta 1 and 0, 12 epochs", "beta=0"),
     "ablation": Sweep([f"--version v5-small {change}" for change in INGREDIENTS],
-                      "v5-small, and with one ingredient taken away or exchanged", None),
+                      "v5-small, and with one ingredient taken away or exchanged"),
     "study": Sweep([*both(*(f"--version {version}" for version in CIFAR)), "--version v4-plain",
                     "--version v4-stride2", *(f"--version v4 {change}" for change in OF_V4)],
-                   "every row of the CIFAR study at 32x32 and 64x64"),
+                   "every row of the CIFAR study at 32x32 and 64x64", "beta=0"),
     "kind": Sweep("version=" + ",".join(KINDS), "autoencoders of three kinds"),
     "latent": Sweep("version=" + ",".join(LATENT), "autoencoders of four code sizes"),
     "depth": Sweep("version=" + ",".join(DEPTHS), "autoencoders of four depths"),
@@ -777,8 +779,9 @@ def add_many(parser):
     """Adds the flags of several runs; all others are a run's."""
     add = parser.add_argument_group("several runs, and their comparison").add_argument
     add("--seeds", type=COUNT, metavar="N", help="train with N seeds, from --seed on; finished runs are kept")
-    add("--sweep", metavar="NAME", help="one run for each value of a setting, SETTING=V1,V2,..., compared with "
-        "the first; or the runs of a table: " + "; ".join(f"{key}: {row.help}" for key, row in SWEEPS.items()))
+    add("--sweep", metavar="NAME", help="one run for each value of a setting, SETTING=V1,V2,..., compared "
+        "with the first; or the runs of a table: "
+        + "; ".join(f"{key}: {sweep.help}" for key, sweep in SWEEPS.items()))
     add("--jobs", type=COUNT, metavar="J", help="runs at once; by default one for each GPU or, without GPUs, "
         "for each CPU thread (one in all from batches of 500 images on)")
     add("--list", action="store_true", help="print the commands of the runs, one a line, and run nothing")
@@ -896,8 +899,8 @@ def defaults(version):
     """The settings of a version's recipe, a dict. NotationError names the nearest version."""
     if version not in RECIPES:
         models.find(version)
-    args = vars(make_parser(version).parse_args([]))
-    return {key: value for key, value in args.items() if key not in vars(MANY.parse_args([]))}
+    args, many = (vars(parser.parse_args([])) for parser in (make_parser(version), MANY))
+    return {key: value for key, value in args.items() if key not in many}
 
 
 def parse(words):
@@ -911,8 +914,9 @@ def parse(words):
     known = first.parse_known_args(words)[0]
     version = known.version or ("custom" if known.encoder else "v4")
     usual, parser = defaults(version), make_parser(version)
-    typed = vars(parser.parse_args(words, Namespace(**dict.fromkeys(usual, parser))))
-    typed = {key: value for key, value in typed.items() if key in usual and value is not parser}
+    untyped = object()  # in place of every setting; what is not typed keeps it
+    typed = vars(parser.parse_args(words, Namespace(**dict.fromkeys(usual, untyped))))
+    typed = {key: value for key, value in typed.items() if key in usual and value is not untyped}
     args = Namespace(**usual | typed)
     if version == "custom" and not args.classifier and args.alpha:
         args.classifier = "L'(10)"  # linear, on the code

@@ -87,7 +87,7 @@ TRAIN = [  # flags ({} is the folder of wrong things), a part of the answer
     ("--output {}/file --dataset {}/tiny.npz --version v3", "file"),
     ("--jobs 2", "--list, --jobs: no effect on one run"),
     ("--sweep width", "--sweep width: expected SETTING=V1,V2,... or one of help labels"),
-    ("--sweep beta=0,1 --beta 1", "--beta: the sweep beta=0,1 varies it"),
+    ("--sweep beta=0,1 --beta 1", "--beta: beta=0,1 varies it"),
     ("--sweep beta=0,x", "'x': expected a number"),
     ("--seeds 2 --resume {}/run", "expected neither --resume nor torchrun"),
     ("--resume {}/empty", "not the folder of a run"),
