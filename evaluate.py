@@ -82,7 +82,8 @@ def pick_device(name):
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise UsageError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
     try:
-        return torch.empty(0, device=name).device
+        torch.empty(0, device=name)
+        return torch.device(name)
     except (RuntimeError, AssertionError):
         raise UsageError(f"--device {name}: unavailable on this machine with {torch.cuda.device_count()} "
                          "CUDA GPUs; expected auto, or a device that is there") from None

@@ -67,6 +67,7 @@ def steps(dataset, args, epoch):
 
     everything, apart = batches(train, "order"), itertools.repeat(None)
     if labelled is not None and "logits" in losses.needed(args.weights):
+        # For a batch more than the steps, as the last one may be smaller or larger than the others.
         rounds = math.ceil((len(bounds) + 1) * size / len(labelled.labels))
         apart = itertools.islice(batches(labelled, "labelled", rounds), len(bounds))
         if "images" not in losses.needed(args.weights):
@@ -609,9 +610,11 @@ def train_many(many, words):
     for args, folder in zip(settings, folders):
         check_same(args, folder)
     todo = [i for i, folder in enumerate(folders) if not evaluate.read_run(folder)]
-    cores, gpus = torch.get_num_threads(), torch.cuda.device_count() if settings[0].device == "auto" else 0
+    cores, device = torch.get_num_threads(), evaluate.pick_device(settings[0].device)
+    gpus = torch.cuda.device_count() if device == torch.device("cuda") else 0
     # Small networks use several threads badly; networks of large batches well.
-    usual = gpus or (1 if max(args.batch_size for args in settings) >= 500 else cores)
+    alone = device.type != "cpu" or max(args.batch_size for args in settings) >= 500
+    usual = gpus or (1 if alone else cores)
     jobs = min(many.jobs or usual, len(runs))
     threads, width = max(1, cores // jobs), max(len(folder.name) for folder in folders)
     slots, running = queue.SimpleQueue(), set()
@@ -971,7 +974,7 @@ def main(argv):
     with evaluate.errors("train.py"):
         many, words = MANY.parse_known_args(argv)
         args, typed = parse(words)
-        if "RANK" in os.environ and "MASTER_ADDR" in os.environ:  # under torchrun
+        if "LOCAL_RANK" in os.environ:  # under torchrun
             start_process_group(args.device)
         if many.seeds or many.sweep:
             if args.resume or dist.is_initialized():

@@ -245,6 +245,7 @@ def test_a_recorded_step_gets_each_batch_and_gives_its_gradients(monkeypatch):
 def test_the_runs_of_a_sweep_are_spread_over_the_gpus(monkeypatch, tmp_path, capsys):
     start = mock.Mock(return_value=mock.Mock(wait=lambda: 1))  # runs that fail
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(train.subprocess, "Popen", start)
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: "stopped")
     assert train.main(["--version", "v3", "--seeds", "4", "--output", str(tmp_path)]) == 1
