@@ -50,7 +50,7 @@ class Dataset:
     synthetic: int = 0             # how many of the training images, the last ones, SMOTE made
     labelled: Split | None = None  # the part of train whose labels are used; None: all of it
     named: bool = True             # False: the set has no class names of its own
-    files: list | None = None      # each test image's file, relative to the set's folder; None: not files
+    files: list | None = None      # each test image's file, relative to the set's folder, or its number
 
     def map(self, change):
         """The Dataset with change(split) in place of each of its splits."""
@@ -88,7 +88,10 @@ def load(dataset=None, data_dir="data", *, size=None, classes=None, train_size=N
     `hold_out` val_share, `vary` by variant and constrain, `take` labels of the training images as .labelled,
     `blurred` by blur. Raises DataError, which names the argument.
     """
+    if size is not None and size < 1:
+        raise DataError(f"size {size}: expected at least 1")
     dataset = _read(dataset, Path(data_dir), size, test_share)
+    dataset.files = dataset.files or list(range(len(dataset.test.labels)))
     images = (dataset.train.images, dataset.test.images)
     if not any((block > 25).any() for each in images for block in each.split(1000)):
         raise DataError(f"{dataset.source}: no pixel of the whole set exceeds 25 of 255; expected values "
@@ -105,7 +108,7 @@ def load(dataset=None, data_dir="data", *, size=None, classes=None, train_size=N
         index = Split(torch.arange(len(dataset.test.labels)), dataset.test.labels)
         rows = take(index, test_size, seed, "test_size").images
         dataset.test = _pick(dataset.test, rows)
-        dataset.files = dataset.files and [dataset.files[row] for row in rows]
+        dataset.files = [dataset.files[row] for row in rows]
     if val_share:
         if dataset.val is not None:
             raise DataError(f"val_share {val_share:g}: {dataset.source} has a val/ of its own; leave one out")
@@ -204,7 +207,8 @@ def _read_npz(path):
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"].ravel()
         if x.dtype.kind == "f" and x.size and x.min() >= 0 and x.max() <= 1:
             x = (255 * x).round().astype(np.uint8)
-        if x.dtype != np.uint8 or x.ndim not in (3, 4) or y.dtype.kind not in "iu" or len(x) != len(y):
+        numbers = y.dtype.kind in "iu" and len(x) == len(y) > 0
+        if x.dtype != np.uint8 or x.ndim not in (3, 4) or not numbers:
             raise DataError(f"{path}: x_{part} is {x.dtype} {x.shape}, y_{part} {y.dtype} {y.shape}; "
                             "expected images (N, H, W), (N, H, W, C) or (N, C, H, W), uint8 or floats of 0 "
                             "to 1, and N whole numbers")
@@ -660,8 +664,8 @@ def _affine(images, shift, factor):
 
 
 def _crop(images, size, margin, offsets=None):
-    """Images brought to size x size, as `normalise` says. offsets: (B, 2), from 0 (top, left) to 1, where each
-    image's crop lies; the centre where None."""
+    """Images brought to size x size, as `normalise` says. offsets: (B, 2), from 0 (top, left) to 1, where
+    each image's crop lies; the centre where None."""
     if size is None or not margin and tuple(images.shape[2:]) == (size, size):
         return images
     from torchvision.transforms.v2 import functional as TF

@@ -404,7 +404,8 @@ def draw_reconstructions(model, dataset, args, folder):
                f"{args.version} on {dataset.name}: test images and their reconstructions{note}")
     for row, *pair in zip(chosen, rows["original"], rows["reconstruction"]):
         for pixels, kind in zip(pair, ("", "_recon")):
-            path = folder / "recon" / f"{row}_{file_name(dataset.classes[labels[row]])}{kind}.png"
+            stem = f"{Path(str(dataset.files[row])).stem}_{file_name(dataset.classes[labels[row]])}"
+            path = folder / "recon" / f"{stem}{kind}.png"
             write_whole(path, lambda part: save_image(pixels, part, format="png"))
 
 
@@ -579,7 +580,7 @@ def report_classes(dataset, args, folder, tested, rows):
             print(f"{name:<{width}}{row['images']:>8,}{cells[0]:>10}{cells[1]:>13}{cells[2]:>8}")
     draw_confusion(tested["confusion"], names, folder / "confusion.png",
                    f"{args.version} on {dataset.name}: accuracy {tested['accuracy']:.{places}f} %")
-    columns = (dataset.files or range(n), dataset.test.labels.tolist(), tested["predicted"].tolist(),
+    columns = (dataset.files, dataset.test.labels.tolist(), tested["predicted"].tolist(),
                tested["probability"].tolist())
     write_csv(folder / "predictions.csv", [
         {"image": image, "true": names[label], "predicted": names[guess], "probability": f"{chance:.4f}"}
@@ -592,13 +593,13 @@ def report_classes(dataset, args, folder, tested, rows):
 class Run(NamedTuple):
     folder: Path
     settings: dict  # of config.json
-    network: dict   # of config.json: a row of VERSIONS may have changed
+    network: list   # of config.json, with the numbers of images: a row of VERSIONS, a folder may have changed
     rows: list      # of log.csv: dicts of floats, None where a cell is empty
     metrics: dict   # of metrics.json
 
 
 # Settings in which repetitions of one run may differ.
-INCIDENTAL = "seed", "name", "device", "data_dir", "output", "resume", "digest"
+INCIDENTAL = "seed", "name", "device", "output", "resume", "digest"
 FOLLOWING = "weights", "trained", "preparation"  # from other settings
 COLUMNS = [("accuracy (%)", "accuracy.test", 2), ("best (%)", "accuracy.best", 2),
            ("mirrored (%)", "accuracy.mirrored", 2), ("training images (%)", "training_images.accuracy", 2),
@@ -615,7 +616,8 @@ def read_run(folder):
             rows = [{key: float(value) if value else None for key, value in row.items()}
                     for row in csv.DictReader(file)]
         done = metrics["epochs"] == config["settings"]["epochs"]  # of a lengthened run, metrics.json is older
-        return Run(folder.resolve(), config["settings"], config["network"], rows, metrics) if done else None
+        network = [config["network"], config["images"]]
+        return Run(folder.resolve(), config["settings"], network, rows, metrics) if done else None
     except (OSError, ValueError, KeyError):
         return None
 
@@ -676,7 +678,8 @@ def references(groups, against):
     that differs from it in that setting alone; a single group of a version, with all others. UsageError."""
     if against is None:
         return {name: next(iter(groups)) for name in list(groups)[1:]}
-    setting, _, value = against.replace("-", "_").partition("=")
+    setting, _, value = against.partition("=")
+    setting = setting.replace("-", "_")
     with contextlib.suppress(ValueError):
         value = json.loads(value)  # a number, true, false or null
     firsts, pairs = {name: next(iter(group.values())) for name, group in groups.items()}, {}
@@ -878,7 +881,7 @@ def load_test(model, args, content, foreign, device):
     """The checkpoint's Dataset on the device, or another one (`foreign`: its name or path, else None),
     checked against the network. UsageError, DataError."""
     wanted = tuple(model.version.in_shape)
-    if foreign:
+    if foreign and args.dataset not in (foreign, str(Path(foreign).resolve())):
         if wanted[1] == wanted[2]:  # images of other sizes are scaled
             args.size = args.preparation["size"] = wanted[1]
         dataset = load_data(args, dataset=foreign, classes=None, train_size=None, test_size=None, val_share=0.0,

@@ -264,7 +264,7 @@ def measure_epoch(model, dataset, args, epoch, trained):
 
 
 def save(folder, model, dataset, args, trained, rows, tested, optimizer):
-    """log.csv, last.pt and, where the last epoch is the best one so far, best.pt. trained: the parts by now."""
+    """log.csv, last.pt and, where the last epoch is the best one so far, best.pt."""
     content = dict(settings=vars(args) | {"trained": trained}, classes=dataset.classes, epoch=len(rows),
                    digest=args.digest, preparation=args.preparation,
                    image_shape=list(dataset.train.images.shape[1:]))
@@ -313,7 +313,6 @@ def prepare(args, model=None):
         torch.utils.deterministic.fill_uninitialized_memory = False  # each filling is a kernel
     dataset = evaluate.load_data(args)
     args.dataset, args.digest = args.dataset or dataset.name, data.digest(dataset)
-    args.flip = args.flip and args.dataset not in data.NEVER_FLIPPED
     args.precision = evaluate.pick_precision(args.precision, device)
     torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     channels, *sides = dataset.train.images.shape[1:]
@@ -325,7 +324,7 @@ def prepare(args, model=None):
         changes |= {"decoder": None} if args.decoder == "none" else {}
         version = models.Version(args.encoder) if args.version == "custom" else args.version
         model = models.build(version, (channels, *sides), len(dataset.classes), skip=args.skip, **changes)
-        taken = start_from(model, args.init) if args.init else []
+        taken = start_from(model, args.init, args.scale) if args.init else []
         if isinstance(model.encoder[0], models.WhiteningConv2d) and "encoder" not in taken:
             sample = evaluate.drawn(dataset.train, 1 + 1_000_000 // math.prod(sides))  # a million pixels do
             models.whiten(model, data.normalise(sample.images, **args.preparation))
@@ -333,20 +332,23 @@ def prepare(args, model=None):
     return dataset.to(device), model.to(device, memory_format=torch.channels_last)
 
 
-def start_from(model, path):
+def start_from(model, path, scale):
     """Takes the encoder, decoder and classifier of a checkpoint where the shapes agree; returns their names.
     UsageError where the encoder's do not."""
-    source, taken = models.load(path)[0], []
+    (source, content), taken = models.load(path), []
     for part in ("encoder", "decoder", "classifier"):
         if getattr(model, part) is not None and getattr(source, part) is not None:
             ours, theirs = getattr(model, part).state_dict(), getattr(source, part).state_dict()
             shapes = [{key: value.shape for key, value in each.items()} for each in (ours, theirs)]
-            if shapes[0] == shapes[1]:
+            if shapes[0] == shapes[1] and source.version.encoder == model.version.encoder:
                 getattr(model, part).load_state_dict(theirs)
                 taken.append(part)
     if "encoder" not in taken:
         ours, theirs = (f"{each.version.encoder} for {each.version.in_shape}" for each in (model, source))
         raise UsageError(f"--init {path}: its encoder is {theirs} images; expected {ours}")
+    found = content.get("preparation", {}).get("scale", scale)
+    if found != scale:
+        raise UsageError(f"--scale {scale}: {path} was trained with {found}; expected --scale={found}")
     print(f"started from {path}: {', '.join(taken)}; all else from the seed")
     return taken
 
@@ -373,6 +375,8 @@ def check_network(model, dataset, args, sides):
              f"--alpha {args.alpha:g}: {dataset.name} has one class here; expected two, or --alpha 0"),
             (args.labels and args.labels < model.num_classes,
              f"--labels {args.labels}: expected at least one for each of {model.num_classes} classes"),
+            (args.test_share != defaults(args.version)["test_share"] and "for the test" not in dataset.source,
+             f"--test-share {args.test_share:g}: no effect on {dataset.name}, which has its own test images"),
             (args.shift >= min(dataset.train.images.shape[2:]),
              f"--shift {args.shift}: expected less than the images' sides"),
             (min(args.batch_size, n) < 2 * evaluate.process()[1], f"--batch-size {args.batch_size}: expected "
@@ -393,7 +397,7 @@ def run_name(args):
         parts = [slug(notation) for notation in (args.encoder, args.classifier) if notation]
     for key, value in usual.items():
         chosen, flag = getattr(args, key), key.replace("_", "-")
-        unnamed = key in ("version", "precision", *evaluate.INCIDENTAL) or (
+        unnamed = key in ("version", "precision", "data_dir", *evaluate.INCIDENTAL) or (
             key == "beta" and args.decoder == "none") or (
             args.version == "custom" and key in ("encoder", "classifier")) or (
             key == "flip" and args.dataset in data.NEVER_FLIPPED)
@@ -469,9 +473,9 @@ def announce(args, dataset, model, folder):
     print(f"on {dataset.train.images.device} in {args.precision}{several}, into {folder}\n", flush=True)
 
 
-def reopen(folder, typed):
-    """(args, last.pt's content or None, its model or None) of a run that is to resume. typed: the settings
-    that were typed beside --resume, a dict. UsageError."""
+def reopen(folder, given, typed):
+    """(args, last.pt's content or None, its model or None) of a run that is to resume. given, typed: what
+    `parse` made of the words beside --resume. UsageError."""
     try:
         settings = json.loads((folder / "config.json").read_text())["settings"]
         if not set(defaults(settings["version"])) <= set(settings):
@@ -484,7 +488,7 @@ def reopen(folder, typed):
         if key not in ("resume", "epochs", "device", "data_dir"):
             raise UsageError(f"--{key.replace('_', '-')} {value}: a run resumes with its own settings; leave "
                              "it out, or start another run")
-        setattr(args, key, value)
+        setattr(args, key, getattr(given, key))
     if args.epochs != epochs and (args.separate or args.schedule != "step"):
         raise UsageError(f"--epochs {args.epochs}: with --separate and --schedule onecycle the completed "
                          f"epochs depend on the total; expected {epochs}, or start another run")
@@ -521,7 +525,7 @@ def execute(args, typed, command):
     state = model = folder = None
     if args.resume:
         folder = Path(args.resume)
-        args, state, model = reopen(folder, typed)
+        args, state, model = reopen(folder, args, typed)
     if rank:
         dist.barrier()  # the first process passes alone, and downloads
     dataset, model = prepare(args, model)
@@ -560,6 +564,8 @@ def run(**settings):
             value = ",".join(f"{name}={share}" for name, share in value.items())
         elif isinstance(value, (list, tuple)):
             value = ",".join(map(str, value))
+        elif key == "decoder" and value is None:
+            value = "none"  # as for models.build
         if isinstance(value, bool):
             words.append(flag if value else f"--no-{flag[2:]}")
         elif value is not None:
@@ -575,7 +581,7 @@ def run(**settings):
 def plan(many, words):
     """(the runs of --sweep and --seeds, each the words of its command; the folder they go into; what the
     comparison at their end is against). words: those of the command without the flags of MANY. UsageError."""
-    runs, against, (args, typed) = [[]], None, parse(words)
+    runs, against, (args, typed) = [[]], None, parse(words, False)
     output = args.output
     if many.sweep:
         if many.sweep not in SWEEPS and "=" not in many.sweep:
@@ -583,17 +589,17 @@ def plan(many, words):
         runs, _, against = SWEEPS.get(many.sweep, Sweep(many.sweep, ""))
         if isinstance(runs, str):
             setting, _, values = runs.partition("=")
-            runs = [f"--{setting}={value}" for value in values.split(",")]
-            against = runs[0][2:]
-        runs = [shlex.split(line) for line in runs]
-        settings = [parse(line)[1] for line in runs]
+            runs = [[f"--{setting}={value}"] for value in values.split(",")]
+        else:
+            runs = [shlex.split(line) for line in runs]
+        settings = [parse(line, False)[1] for line in runs]
         for flag in typed:
             if len({repr(each.get(flag)) for each in settings}) > 1:
                 raise UsageError(f"--{flag.replace('_', '-')}: {many.sweep} varies it; leave it out")
         output = str(Path(output, f"sweep-{slug(many.sweep)}"))
     runs = [[*line, *words, "--seed", str(args.seed + i), "--output", output]
             for line in runs for i in range(many.seeds or 1)]
-    no_set = [["--dataset", "cifar10"] if parse(line)[0].dataset is None else [] for line in runs]
+    no_set = [["--dataset", "cifar10"] if parse(line, False)[0].dataset is None else [] for line in runs]
     return [[*line, *more] for line, more in zip(runs, no_set)], output, against  # no substitute among many
 
 
@@ -607,7 +613,10 @@ def train_many(many, words):
     if many.list:
         print("\n".join(shlex.join([sys.executable, os.path.abspath(__file__), *line]) for line in runs))
         return 0
-    for args, folder in zip(settings, folders):
+    for i, (args, folder) in enumerate(zip(settings, folders)):
+        if folder in folders[:i]:
+            raise UsageError(f"{folder}: would be the folder of two runs; expected settings that its name "
+                             "tells apart, without --name")
         check_same(args, folder)
     todo = [i for i, folder in enumerate(folders) if not evaluate.read_run(folder)]
     cores, device = torch.get_num_threads(), evaluate.pick_device(settings[0].device)
@@ -629,7 +638,8 @@ def train_many(many, words):
             line = [*line, "--device", f"cuda:{slot % gpus}"]
         with open(f"{folder}.txt", "a", encoding="utf-8") as file:
             process = subprocess.Popen([sys.executable, __file__, *line], stdout=file, stderr=file,
-                                       env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+                                       env=os.environ | {"OMP_NUM_THREADS": str(threads),
+                                                         "PYTHONIOENCODING": "utf-8"})
             running.add(process)
             status = process.wait()
             running.discard(process)
@@ -665,7 +675,7 @@ def check_same(args, folder):
     if (folder / "config.json").exists():
         found = json.loads((folder / "config.json").read_text())["settings"]
         for key, value in vars(args).items():
-            if key not in ("flip", *evaluate.INCIDENTAL) and found.get(key) != value != "auto":
+            if key not in evaluate.INCIDENTAL and found.get(key) != value != "auto":
                 raise UsageError(f"{folder}: holds a run with {key} {found.get(key)}, not {value}; expected "
                                  "another --output")
 
@@ -825,7 +835,7 @@ def make_parser(version="v4"):
     add("--classifier", metavar="NOTATION", help="another classifier, such as \"L(128)>L'(10)\"")
     add("--decoder", metavar="NOTATION", help="another decoder, such as \"T(32)>T(3)\", mirror, or none")
     add("--no-decoder", dest="decoder", action="store_const", const="none", help="no decoder; beta is then 0")
-    add("--skip", action="store_true", help="the CIFAR study's modified network: lower features, through one "
+    add("--skip", action=switch, help="the CIFAR study's modified network: lower features, through one "
         "conv, join the final ones before the classifier's last part")
     add("--pretrained", action=switch, help="standard networks: start from ImageNet weights")
     add("--init", metavar="CKPT", help="start from the encoder of a checkpoint, and from its decoder and "
@@ -834,7 +844,7 @@ def make_parser(version="v4"):
     add = parser.add_argument_group("data").add_argument
     add("--data-dir", default="data", metavar="DIR", help="where named sets are, or are downloaded to")
     add("--size", type=number(int, 1, 1024), metavar="PIXELS", help="scale the images to this side")
-    add("--margin", action="store_true", help="scale to 8/7 of --size, then crop, at random in training")
+    add("--margin", action=switch, help="scale to 8/7 of --size, then crop, at random in training")
     add("--scale", choices=data.SCALES, default="imagenet", help="how pixels are normalised (--scale=-1..1)")
     add("--classes", metavar="NAME,...", help="only these classes")
     add("--train-size", type=COUNT, metavar="N", help="train on N images")
@@ -853,7 +863,7 @@ def make_parser(version="v4"):
     add("--blur", type=number(float, 0, 10), default=0.0, metavar="SIGMA", help="blur all images, in pixels")
     add("--noise", type=number(float, 0, 10), default=0.0, metavar="STD", help="Gaussian noise on the "
         "network's input, on pixels of 0-1; the clean image is the reconstruction target")
-    add("--clean-test", action="store_true", help="no noise on the test images")
+    add("--clean-test", action=switch, help="no noise on the test images")
     add("--rotate", type=number(float, 0, 180), default=0.0, metavar="DEGREES", help="rotate training images "
         "by up to this, either way")
     add("--shift", type=number(int, 0, 16), default=0, metavar="PIXELS", help="shift training images by up "
@@ -878,7 +888,7 @@ def make_parser(version="v4"):
         "onecycle: from a fifth of --lr up to it in 0.23 of the steps, then down to 0")
     add("--lr-step", type=COUNT, default=10, metavar="N", help="epochs between two reductions of the rate")
     add("--lr-decay", type=number(float, 0, 1, above=True), default=0.1, metavar="X", help="factor of each")
-    add("--separate", action="store_true", help="the autoencoder first, then the classifier on its encoder")
+    add("--separate", action=switch, help="the autoencoder first, then the classifier on its encoder")
     add("--first-share", type=number(float, 0.01, 0.99), default=0.5, metavar="X", help="with --separate: "
         "the autoencoder's share of the epochs")
     add("--first-decay", type=WEIGHT, metavar="X", help="with --separate: the autoencoder's weight decay")
@@ -888,7 +898,8 @@ def make_parser(version="v4"):
     add("--name", help="of the run's folder; by default the version and what differs from its recipe")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where it is faster")
-    parser.set_defaults(**dict(flip=True, freeze_encoder=True) | RECIPES[version])
+    off, on = dict.fromkeys(("skip", "margin", "clean_test", "separate"), False), ("flip", "freeze_encoder")
+    parser.set_defaults(**off | dict.fromkeys(on, True) | RECIPES[version])
     for action in parser._actions:
         value = parser.get_default(action.dest)
         if value not in (None, False, argparse.SUPPRESS) and action.dest != "version":
@@ -906,7 +917,7 @@ def defaults(version):
     return {key: value for key, value in args.items() if key not in many}
 
 
-def parse(words):
+def parse(words, whole=True):
     """(args, the settings that were typed, a dict). args: every setting of a run, and what follows from them:
     weights (of the loss, by flag), trained (the parts of the network that are), preparation (how images are
     brought to the network). UsageError."""
@@ -930,12 +941,14 @@ def parse(words):
     if args.dataset and args.dataset not in data.NAMES and Path(args.dataset).exists():
         args.dataset = str(Path(args.dataset).resolve())  # an evaluation finds it from any folder
     args.data_dir = str(Path(args.data_dir).resolve())
+    args.flip = args.flip and args.dataset not in data.NEVER_FLIPPED
     args.weights = {flag: getattr(args, flag) for flag in losses.TERMS}
     needed = losses.needed(args.weights)
     args.trained = ["classifier"] * ("logits" in needed) + ["decoder"] * bool(
         {"reconstruction", "jigsaw_reconstruction"} & needed)
     args.preparation = {"size": args.size, "margin": args.margin, "scale": args.scale}
-    check(args, typed)
+    if whole:  # all of a run's settings, not a part of them
+        check(args, typed)
     return args, typed
 
 
@@ -973,7 +986,7 @@ def check(args, typed):
 def main(argv):
     with evaluate.errors("train.py"):
         many, words = MANY.parse_known_args(argv)
-        args, typed = parse(words)
+        args, typed = parse(words, not (many.seeds or many.sweep))
         if "LOCAL_RANK" in os.environ:  # under torchrun
             start_process_group(args.device)
         if many.seeds or many.sweep:

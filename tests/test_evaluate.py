@@ -272,8 +272,11 @@ def test_a_changed_data_set_is_noted_and_another_one_used_whole(run, tmp_path, c
         np.savez(tmp_path / "set.npz", **run.arrays | {"x_test": run.arrays["x_test"] ^ change})
         evaluate.load_test(run.model, args, run.content, None, CPU)
         assert ("set.npz (.npz) has changed since the training" in capsys.readouterr().err) is noted
+    own = evaluate.load_test(run.model, args, run.content, args.dataset, CPU)  # by its own name: as in training
+    assert "has changed" in capsys.readouterr().err and len(own.test.labels) == len(run.data.test.labels)
     args = Namespace(**vars(args) | dict(variant="smote", labels=30, val_share=0.5, train_size=60))
-    other = evaluate.load_test(run.model, args, run.content, str(tmp_path / "set.npz"), CPU)
+    np.savez(tmp_path / "other.npz", **run.arrays)
+    other = evaluate.load_test(run.model, args, run.content, str(tmp_path / "other.npz"), CPU)
     assert len(other.train.labels) == 90 and other.labelled is other.val is None
 
 
@@ -413,7 +416,8 @@ def test_knn_of_a_checkpoint(run, figures, tmp_path, capsys):
 def write_run(folder, accuracy=None, psnr=20.0, images=10_000, network="C(8)", **changes):
     """The folder of a finished run of two epochs on ten classes, as small as evaluate.py reads it."""
     args = vars(settings("--epochs", "2")) | changes
-    evaluate.write_json(folder / "config.json", {"settings": args, "network": {"encoder": network}})
+    evaluate.write_json(folder / "config.json", {"settings": args, "network": {"encoder": network},
+                                                 "images": {"train": 60, "test": 30}})
     row = {"test_accuracy": accuracy, "test_psnr": psnr}
     evaluate.write_csv(folder / "log.csv", [{"epoch": 1} | row, {"epoch": 2} | row])
     metrics = {"epochs": 2, "test_images": images, "parameters": 1234}
@@ -438,7 +442,7 @@ def test_seeds_are_grouped_and_paired(compared, figures, tmp_path):
     """Accuracy 50, 52, 54 against 51, 54, 57: differences 1, 2, 3; t is 4.303 for two degrees of freedom."""
     for seed, (a, b) in enumerate(((50.0, 51.0), (52.0, 54.0), (54.0, 57.0))):
         write_run(tmp_path / f"runs/v3_seed{seed}", a, seed=seed)
-        write_run(tmp_path / f"runs/v4_seed{seed}", b, seed=seed, version="v4", device="cuda", data_dir="x")
+        write_run(tmp_path / f"runs/v4_seed{seed}", b, seed=seed, version="v4", device="cuda")
     write_run(tmp_path / "runs/v4", 9.0, version="v4")  # of the same seed, the last name counts
     write_run(tmp_path / "runs/v5", 60.0, version="v5", epochs=9)  # it has been lengthened
     write_run(tmp_path / "runs/v6", 60.0, version="v6")
@@ -453,6 +457,13 @@ def test_seeds_are_grouped_and_paired(compared, figures, tmp_path):
     assert difference.get_xlabel() == "points of accuracy more than with v3 →"
     assert bars.get_segments()[0][:, 0] == pytest.approx([2 - half, 2 + half], abs=1e-3)
     assert [line.get_ydata().tolist() for line in epochs.lines] == [[52, 52], [54, 54]]
+
+
+def test_runs_on_other_data_are_another_group(tmp_path):
+    """A set of the same name in another folder: JPEG copies of the pictures, say."""
+    for seed, place in enumerate(("a", "b")):
+        write_run(tmp_path / f"v4_seed{seed}", 50.0, seed=seed, data_dir=place)
+    assert len(evaluate.read_groups([tmp_path])) == 2
 
 
 def test_against_a_setting_pairs_groups_that_differ_in_it_alone(compared, tmp_path, capsys):

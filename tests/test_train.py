@@ -497,6 +497,9 @@ def test_a_run_starts_from_another_ones_weights(tiny, tmp_path, capsys):
     assert moved(taken | {name: value for name, value in model.state_dict().items() if "classifier" in name},
                  model) == set()
     assert model.classifier[-1].weight.shape == fresh.classifier[-1].weight.shape
+    args.scale = "0..1"
+    with pytest.raises(train.UsageError, match="was trained with imagenet; expected --scale=imagenet"):
+        train.prepare(args)
     assert fails("--version", "v1", "--dataset", tiny, "--init", source / "last.pt", "--output", tmp_path / "no") == 2
     assert "--init" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
@@ -636,6 +639,23 @@ def test_the_listed_commands_are_the_runs(words, count, capsys):
     assert count in (None, len(lines)) and len({train.run_name(args) for args in found}) == len(lines)
     assert all(shlex.split(line)[:2] == [sys.executable, str(ROOT / "train.py")] for line in lines)
     assert all(args.dataset for args in found)  # no substitute among many
+
+
+def test_a_sweep_of_a_setting_takes_its_values_as_they_are():
+    """Quotes, signs, and settings that have an effect in the runs alone, which are compared with the first."""
+    for sweep, words, key, values in (
+            ("encoder=C'(8)>L(8),C(8)>L(8)", "--version v1", "encoder", ["C'(8)>L(8)", "C(8)>L(8)"]),
+            ("lr=1e-3,.01", "", "lr", [0.001, 0.01]), ("scale=-1..1,0..1", "", "scale", ["-1..1", "0..1"]),
+            ("jigsaw-grid=2,4", "--delta 1", "jigsaw_grid", [2, 4])):
+        runs, _, against = train.plan(Namespace(sweep=sweep, seeds=None), words.split())
+        assert [getattr(train.parse(line)[0], key) for line in runs] == values and against is None
+
+
+def test_runs_that_would_share_a_folder_are_refused(tiny, tmp_path, capsys):
+    words = ["--dataset", tiny, "--output", str(tmp_path), "--sweep"]
+    for more in (["beta=0,1", "--name", "both"], ["seed=1,2"], ["lr=0.1,0.10"]):
+        assert fails(*words, *more) == 2 and "would be the folder of two runs" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_sweeps_are_those_of_the_results():

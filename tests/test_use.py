@@ -118,6 +118,8 @@ def test_run_trains_as_the_command_does(tiny, tmp_path, undrawn):
     settings = [json.loads((each / "config.json").read_text())["settings"] for each in (
         folder, tmp_path / "command" / folder.name)]
     assert {**settings[0], "output": ""} == {**settings[1], "output": ""}
+    alone = train.run(version="v3", dataset=tiny, epochs=1, decoder=None, skip=False, output=tmp_path, device="cpu")
+    assert alone.model.decoder is None and alone.folder.name == "v3_dataset-tiny_epochs1_no-decoder"
     longer = train.run(resume=folder, epochs=2)
     assert len(longer.rows) == 2 and longer.rows[0] == rows[0]
 

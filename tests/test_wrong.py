@@ -64,6 +64,7 @@ TRAIN = [  # flags ({} is the folder of wrong things), a part of the answer
     ("--dataset {}/tiny.npz --labels 9", "--labels 9: expected at least one for each of 10 classes"),
     ("--dataset {}/one.npz --version v3", "--alpha 1: one has one class here"),
     ("--dataset {}/tiny.npz --variant constrained", "circle=0.5"),
+    ("--dataset {}/tiny.npz --test-share 0.5", "--test-share 0.5: no effect on tiny"),
     ("--dataset {}/tiny.npz --delta 1 --jigsaw-grid 5", "does not cut images of 32x32"),
     ("--val-share 1", "'1': expected a number of at least 0, at most 0.9"),
     ("--constrain ring=0.5", "--constrain: has no effect without --variant"),
