@@ -159,7 +159,7 @@ def _read(dataset, root, size, test_share):
     if os.path.isfile(name) and name.endswith(".npz"):
         return _read_npz(Path(name))
     raise DataError(f"no data set {name!r}; expected one of {' '.join(NAMES)} shapes, a folder of pictures "
-                    f"in {LAYOUTS}, or an .npz file")
+                    f"({LAYOUTS}), or an .npz file")
 
 
 def _split(images, labels):
@@ -226,7 +226,7 @@ def _read_npz(path):
 
 # ---------------------------------------------------------------- folders of pictures
 
-LAYOUTS = "train/<class>/* and test/<class>/*, in <class>/*, or in itself"
+LAYOUTS = "train/<class>/* and test/<class>/*, <class>/*, or the folder itself"
 HIDDEN = (".", "__", "@eaDir")  # so begin the names of hidden and system files and folders
 # What Pillow reads by itself. Its own list would import all its formats, and try each of them on every file.
 ENDINGS = set(".apng .avif .bmp .dds .dib .gif .icns .ico .j2k .jfif .jp2 .jpe .jpeg .jpf .jpg .jpx .pbm "

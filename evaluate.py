@@ -337,7 +337,8 @@ def at_chance(accuracy, largest, n):
     return largest < 100 and bool(accuracy <= largest + 2 * math.sqrt(largest * (100 - largest) / n))
 
 
-CHANCE = "at chance: nothing learnt that tells the classes apart; try more --epochs, or a larger --lr-step"
+CHANCE = ("at chance: nothing learnt that tells the classes apart; more --epochs, more images or a later fall of the\n"
+          "learning rate (--lr-step) may help")
 
 
 # ---------------------------------------------------------------- pictures
@@ -571,7 +572,7 @@ def report_classes(dataset, args, folder, tested, rows):
         print(f"best epoch (on {on}): {best['test_accuracy']:.{places}f} %, epoch {best['epoch']}")
     if "accuracy_mirrored" in tested:
         accuracy["mirrored"] = tested["accuracy_mirrored"]
-        print(f"averaged with the logits of the mirror images: {accuracy['mirrored']:.{places}f} %")
+        print(f"with the scores of each image and its mirror image averaged: {accuracy['mirrored']:.{places}f} %")
     per_class, width = losses.per_class(tested["confusion"], names), max(10, *map(len, names))
     if len(names) <= 20:
         print(f"{'class':<{width}}{'images':>8}{'recall %':>10}{'precision %':>13}{'F1 %':>8}")
@@ -814,7 +815,7 @@ def picture_files(paths):
     for path in map(Path, paths):
         found = [path]
         if path.is_dir():
-            found = sorted(each for each in path.glob("[!.]*") if each.suffix.lower() in data.ENDINGS)
+            found = sorted(each for each in path.rglob("[!.]*") if each.suffix.lower() in data.ENDINGS)
         elif "*" in path.name and not path.exists():  # a pattern that the shell has left
             found = sorted(path.parent.glob(path.name))
         if not found:

@@ -652,14 +652,15 @@ def _call(layer):
 
 def main(argv=None):
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("network", nargs="?", help="a version, or an encoder in the notation")
+    cli.add_argument("network", nargs="?", help="a version, or in the notation an encoder, or \"encoder | classifier\"")
     cli.add_argument("--code", action="store_true", help="print it as a plain PyTorch class")
     args = cli.parse_args(argv)
     try:
         if args.network is None:
             print_versions()
         else:
-            model = _on_meta(Version(args.network) if "(" in args.network else args.network)
+            parts = [part.strip() for part in args.network.split("|")]
+            model = _on_meta(Version(*parts) if "(" in args.network else args.network)
             print_code(model, args.network) if args.code else print_layers(model)
     except NotationError as error:
         cli.exit(2, f"models.py: error: {error}\n")
