@@ -49,6 +49,8 @@ def errors(program):
             stream.reconfigure(errors="replace")  # an output that is not Unicode has no ±
     try:
         yield
+    except BrokenPipeError:  # of `| head`: a later flush would complain once more
+        os._exit(141)
     except (Exception, KeyboardInterrupt) as error:
         text, users = str(error), (UsageError, models.NotationError, models.CheckpointError, data.DataError)
         if isinstance(error, KeyboardInterrupt):
@@ -565,7 +567,7 @@ def report_classes(dataset, args, folder, tested, rows):
     print(f"test accuracy{when}: {tested['accuracy']:.{places}f} % of {n:,} images (always the largest "
           f"class: {largest:.{places}f} %)")
     if accuracy["at_chance"]:
-        print(CHANCE)
+        print(CHANCE if rows else "at chance: not better than the largest class by more than chance explains")
     if rows:
         best, on = best_row(rows), chosen_on(rows)
         accuracy |= {"best": best["test_accuracy"], "best_epoch": best["epoch"], "best_chosen_on": on}
@@ -636,7 +638,8 @@ def read_groups(paths):
     their seed alone in one group, named after a folder. Of runs with the same seed the last one counts.
     UsageError."""
     kinds, groups = {}, {}
-    for path in map(Path, paths):
+    paths = list(map(Path, paths))
+    for path in [path for path in paths if not path.is_file()] or paths:  # a pattern may match files, too
         folders = [path] if (path / "config.json").exists() else sorted(path.glob("[!.]*"))
         runs = [run for run in map(read_run, folders) if run]
         if not runs:
@@ -736,7 +739,8 @@ def compare(paths, output, against=None):
     `output`, or one with a number where that has other runs' comparison. UsageError."""
     groups = read_groups(paths)
     pairs = references(groups, against) if len(groups) > 1 else {}
-    classified = all("accuracy" in run.metrics for group in groups.values() for run in group.values())
+    compared = [groups[name] for name in pairs] or groups.values()
+    classified = any("accuracy" in run.metrics for group in compared for run in group.values())
     key = "accuracy.test" if classified else "reconstruction.psnr"
     unit = "points of accuracy" if classified else "dB of PSNR"
     found = {name: difference(groups[name], groups[other], key) for name, other in pairs.items()}
@@ -750,9 +754,10 @@ def compare(paths, output, against=None):
     notes = ["Of the last epoch; ±: standard deviation of the n runs of a row, which differ in their seed."]
     if any(found.values()):
         notes += [f"difference: in {unit} from {than}, runs of the same seed paired, ± half its 95 % t",
-                  "interval, not corrected for the number of comparisons."]
+                  "interval over seeds (not over test images), not corrected for the number of comparisons.",
+                  "not shown: the interval includes 0, or has no width."]
     elif pairs:
-        notes += ["No differences: they need two or more seeds of each row (--seeds)."]
+        notes += ["No differences: they need two or more seeds that both rows have (--seeds)."]
     notes += [CHANCE] if any(row["result"] == "at chance" for row in rows) else []
     print("\n".join(["", *notes]))
     of = "Runs: " + " ".join(sorted(str(run.folder) for group in groups.values() for run in group.values()))
@@ -786,7 +791,7 @@ def draw_comparison(groups, found, key, what, path):
         if name in found:
             axes[1].errorbar(found[name][0], i, xerr=found[name][1], fmt="kd", markersize=5, capsize=3)
         curves = [[row[column] for row in run.rows] for run in group.values()]
-        curve = np.mean([each[:min(map(len, curves))] for each in curves], axis=0, dtype=float)
+        curve = np.array([each[:min(map(len, curves))] for each in curves], dtype=float).mean(0)
         last.plot(range(1, len(curve) + 1), curve, f"C{i % 10}{MARKERS[i % len(MARKERS)]}", label=name,
                   linestyle=("-", "--", ":", "-.")[i % 4], markevery=max(1, len(curve) // 8), markersize=5)
     axes[0].set(xlabel=label, title="each run" + ", mean with its 95 % interval" * several)
@@ -887,7 +892,8 @@ def load_test(model, args, content, foreign, device):
             args.size = args.preparation["size"] = wanted[1]
         dataset = load_data(args, dataset=foreign, classes=None, train_size=None, test_size=None, val_share=0.0,
                             labels=None, variant="complete", constrain=None, test_share=1.0)
-        dataset = match_classes(dataset, content["classes"])
+        if "classifier" in args.trained:
+            dataset = match_classes(dataset, content["classes"])
     else:
         dataset = load_data(args)
         if data.digest(dataset) != content["digest"]:

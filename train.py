@@ -9,7 +9,8 @@
 From Python, train.run(version="v2", epochs=3) does what the command does. This file has, from top to bottom:
 one epoch, one run, many runs, recipes and sweeps, the command line; at the end the optimizer Muon and CUDA
 graphs. One run fills one folder: config.json, log.csv, metrics.json, pictures, best.pt and last.pt. Under
-torchrun several processes train one model together. """
+torchrun several processes train one model together.
+"""
 import argparse
 import datetime
 import functools
@@ -55,7 +56,8 @@ def steps(dataset, args, epoch):
 
     images (B, C, H, W), normalised; labels (B,); inputs, the images with noise. With --labels the labelled
     images are repeated as often as needed: beside batches of all images, as labelled_inputs, or, where no
-    term needs those, instead of them. With the jigsaw loss, order (B, tiles). """
+    term needs those, instead of them. With the jigsaw loss, order (B, tiles).
+    """
     train, labelled, device = dataset.train, dataset.labelled, dataset.train.images.device
     n, (rank, processes) = len(train.labels), evaluate.process()
     size = min(args.batch_size, n)  # of the labelled images' batches too
@@ -110,7 +112,8 @@ def train_epoch(model, dataset, optimizer, args, epoch, net=None):
 
     Returns the epoch's means as plain numbers: loss, the terms by name and accuracy. The seed and the epoch
     alone decide order, flips, tiles, noise and dropout. Nothing waits for the device but every hundredth
-    step, where a loss that is not finite ends the run (Stopped). """
+    step, where a loss that is not finite ends the run (Stopped).
+    """
     model.train()
     if args.frozen:
         model.encoder.eval()  # BatchNorm keeps its statistics
@@ -172,7 +175,8 @@ def make_optimizer(model, args):
     """The optimizer over the parts that a phase trains, the others frozen.
 
     The gradient of gamma * l2_reg_loss is gamma * parameter, which is what weight decay adds, at no cost of
-    its own (Muon's is decoupled: it shrinks the weights beside the update). """
+    its own (Muon's is decoupled: it shrinks the weights beside the update).
+    """
     needed = losses.needed(args.weights)
     trained = {"encoder": not args.frozen, "classifier": "logits" in needed,
                "decoder": bool({"reconstruction", "jigsaw_reconstruction"} & needed)}
@@ -194,7 +198,8 @@ def phases(args):
 
     One, or the two of separate training, as the CIFAR study's program has them: the autoencoder alone, then
     the classifier on its encoder; in each the schedule starts anew, and the rate decays after half of lr_step
-    epochs, rounded down. """
+    epochs, rounded down.
+    """
     if not args.separate:
         return [Namespace(**vars(args), start=0, end=args.epochs, frozen=False)]
     first = max(1, int(args.epochs * args.first_share + 1e-9))
@@ -215,7 +220,8 @@ def train(model, dataset, args, folder, state=None):
 
     state: a last.pt's content, after which to resume. Returns the log, a list of rows (dicts), and the last
     measurement. Raises Stopped; nothing is saved of an epoch that ends with losses or weights that are not
-    finite. """
+    finite.
+    """
     rows, tested = (state["rows"], state["tested"]) if state else ([], None)
     rank, processes = evaluate.process()
     table = printed_columns(args)
@@ -333,10 +339,11 @@ def prepare(args, model=None):
 
 
 def start_from(model, path, scale):
-    """Takes the encoder, decoder and classifier of a checkpoint where the shapes agree; returns their names.
-    UsageError where the encoder's do not."""
+    """Takes the encoder of a checkpoint, and its trained decoder and classifier where the shapes agree.
+    Returns their names. UsageError where the encoder is another one."""
     (source, content), taken = models.load(path), []
-    for part in ("encoder", "decoder", "classifier"):
+    trained = content.get("settings", {}).get("trained", ["decoder", "classifier"])
+    for part in ("encoder", *trained):
         if getattr(model, part) is not None and getattr(source, part) is not None:
             ours, theirs = getattr(model, part).state_dict(), getattr(source, part).state_dict()
             shapes = [{key: value.shape for key, value in each.items()} for each in (ours, theirs)]
@@ -407,7 +414,7 @@ def run_name(args):
             parts.append(flag if chosen is True else f"no-{flag}")
             continue
         if key in ("dataset", "init"):
-            chosen = Path(chosen).stem if key == "dataset" else Path(chosen).resolve().parent.name
+            chosen = Path(chosen).stem if key == "dataset" else Path(chosen).resolve().parent.name[:20]
         if isinstance(chosen, dict):
             chosen = "-".join(f"{name}{share:g}" for name, share in chosen.items())
         text = slug(f"{chosen:g}" if isinstance(chosen, float) else str(chosen))
@@ -556,7 +563,8 @@ def run(**settings):
 
     settings: by the names of the flags (data_dir="data", flip=False, classes=["cat", "dog"]). Returns a
     Result: the model in eval mode, the log's rows and the run's folder. Raises a ValueError where the command
-    would end with a message, RuntimeError where a loss is not finite. """
+    would end with a message, RuntimeError where a loss is not finite.
+    """
     words = []
     for key, value in settings.items():
         flag = f"--{key.replace('_', '-')}"
@@ -626,7 +634,7 @@ def train_many(many, words):
     usual = gpus or (1 if alone else cores)
     jobs = min(many.jobs or usual, len(runs))
     threads, width = max(1, cores // jobs), max(len(folder.name) for folder in folders)
-    slots, running = queue.SimpleQueue(), set()
+    slots, running, stopped = queue.SimpleQueue(), set(), []
     for slot in range(jobs):
         slots.put(slot)
 
@@ -644,6 +652,8 @@ def train_many(many, words):
             status = process.wait()
             running.discard(process)
         slots.put(slot)
+        if stopped:
+            return False
         last = Path(f"{folder}.txt").read_text(encoding="utf-8").strip().split("\n")[-1] or "no output"
         result = f"  failed: {last} ({folder}.txt)" if status else summary(folder)
         print(f"{folder.name:<{width}}{result}{(time.time() - start) / 60:>8.1f} min", flush=True)
@@ -656,6 +666,7 @@ def train_many(many, words):
         try:
             done = list(pool.map(train_one, todo))
         except BaseException as error:  # the completed epochs of those that run are kept
+            stopped.append(error)
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(running):
                 process.terminate()
@@ -1071,7 +1082,8 @@ class Recorded:
     all later ones replay it, with the same bits. A call with tensors of other shapes (a last batch) runs the
     work itself and gives the graph's memory back. All that the work reads beside its tensors must stay in
     place, as the parameters do; gradients must be None at each call; the result is overwritten by the next
-    one. """
+    one.
+    """
 
     def __init__(self, work, parameters):
         self.work, self.parameters, self.shapes, self.graph = work, parameters, None, None
