@@ -676,6 +676,7 @@ def train_many(many, words):
     if len(complete) > 1:
         print()
         where = Path(output, "comparison" if many.sweep else f"comparison-{folders[0].name}")
+        against = against if len(complete) == len(folders) else None  # which may have failed
         print(f"saved in {evaluate.compare(complete, where, against)}")
     return 0 if all(done) else 1
 
@@ -949,7 +950,7 @@ def parse(words, whole=True):
         args.beta = 0.0
     if typed.get("dataset", "cifar10") != "cifar10" and "classes" not in typed:
         args.classes = None  # those of a recipe are CIFAR-10's
-    if args.dataset and args.dataset not in data.NAMES and Path(args.dataset).exists():
+    if args.dataset not in (None, "shapes", *data.NAMES) and Path(args.dataset).exists():
         args.dataset = str(Path(args.dataset).resolve())  # an evaluation finds it from any folder
     args.data_dir = str(Path(args.data_dir).resolve())
     args.flip = args.flip and args.dataset not in data.NEVER_FLIPPED

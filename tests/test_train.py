@@ -428,6 +428,14 @@ def test_a_run_is_named_after_what_differs(words, name):
     assert train.run_name(train.parse(words.split())[0]) == name
 
 
+def test_a_folder_named_as_a_set_does_not_hide_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("shapes", "mnist", "photos"):
+        Path(name).mkdir()
+    found = [train.parse(["--dataset", name])[0].dataset for name in ("shapes", "mnist", "photos", "./shapes")]
+    assert found == ["shapes", "mnist", str(tmp_path / "photos"), str(tmp_path / "shapes")]
+
+
 def test_the_classes_of_a_recipe_are_those_of_its_own_data_set():
     """joint5's are CIFAR-10's: with another set all of its classes are taken, unless some are named."""
     assert train.parse(["--version", "joint5"])[0].classes == "automobile,cat,dog,horse,truck"
