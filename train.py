@@ -644,13 +644,7 @@ def train_many(many, words):
             line = ["--resume", str(folder), "--data-dir", settings[i].data_dir]
         if gpus:
             line = [*line, "--device", f"cuda:{slot % gpus}"]
-        with open(f"{folder}.txt", "a", encoding="utf-8") as file:
-            process = subprocess.Popen([sys.executable, __file__, *line], stdout=file, stderr=file,
-                                       env=os.environ | {"OMP_NUM_THREADS": str(threads),
-                                                         "PYTHONIOENCODING": "utf-8"})
-            running.add(process)
-            status = process.wait()
-            running.discard(process)
+        status = run_command(line, f"{folder}.txt", threads, running)
         slots.put(slot)
         if stopped:
             return False
@@ -679,6 +673,19 @@ def train_many(many, words):
         against = against if len(complete) == len(folders) else None  # which may have failed
         print(f"saved in {evaluate.compare(complete, where, against)}")
     return 0 if all(done) else 1
+
+
+def run_command(line, path, threads, running):
+    """Runs the command of one run with so many CPU threads; returns its status. path: where its output is
+    appended. running: a set in which its process is as long as it runs."""
+    own = {"OMP_NUM_THREADS": str(threads), "PYTHONIOENCODING": "utf-8"}
+    with open(path, "a", encoding="utf-8") as file:
+        process = subprocess.Popen([sys.executable, __file__, *line], stdout=file, stderr=file,
+                                   env=os.environ | own)
+        running.add(process)
+        status = process.wait()
+        running.discard(process)
+    return status
 
 
 def check_same(args, folder):
