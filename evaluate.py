@@ -190,10 +190,12 @@ def fixed_statistics(*parts):
 def forward(net, batch, args, needed, model=None):
     """What the loss's terms need from a batch: a dict of tensors, of those named in `needed`.
 
-    batch: a dict of inputs (B, C, H, W); where other images are classified, labelled_inputs; for the jigsaw
-    loss, order (B, tiles). model: where net wraps it (DistributedDataParallel).
+    batch: a dict of inputs (B, C, H, W), or images where those are the same; where other images are
+    classified, labelled_inputs; for the jigsaw loss, order (B, tiles). model: where net wraps it
+    (DistributedDataParallel).
     """
-    inputs, apart, model = batch["inputs"], "labelled_inputs" in batch, model or net
+    inputs = batch["inputs"] if "inputs" in batch else batch["images"]
+    apart, model = "labelled_inputs" in batch, model or net
     with autocast(inputs.device, args.precision):
         outputs = net(inputs, classify="logits" in needed and not apart, posterior="mean" in needed,
                       reconstruct="reconstruction" in needed)
@@ -221,7 +223,8 @@ def test_batches(split, args):
         pixels = args.size ** 2 if args.size else math.prod(split.images.shape[2:])
         size = min(1000, max(100, 4_096_000 // pixels))
     noise, tiles = torch.Generator(device).manual_seed(0), torch.Generator().manual_seed(0)
-    orders = torch.rand(n, args.jigsaw_grid ** 2, generator=tiles).argsort(1).to(device)
+    grid = args.jigsaw_grid if args.delta else 0
+    orders = torch.rand(n, grid ** 2, generator=tiles).argsort(1).to(device)
     batches = data.batches(split, size, **args.preparation)
     for (images, labels), (start, stop) in zip(batches, data.bounds(n, size)):
         inputs = images if args.clean_test else with_noise(images, args, noise)
@@ -907,7 +910,7 @@ def load_test(model, args, content, foreign, device):
 
 
 def report_knn(model, dataset, args, k):
-    """kNN on the codes and on the raw pixels of the training images, printed side by side. UsageError."""
+    """kNN on the codes and on the raw pixels of the training images, printed side by side."""
     train, results = dataset.labelled or dataset.train, {}
     for name in ("codes", "pixels"):
         points, queries = (encode(model, split, args) if name == "codes" else split.images.flatten(1)
@@ -932,17 +935,18 @@ def evaluate(options):
     folder = Path(options.output or Path(options.ckpt).parent / f"evaluation-{Path(options.ckpt).stem}{of}")
     if options.images:
         folder, files = folder / "images", picture_files(options.images)
-        result = classify_pictures(model, args, content, files, device, folder)
+        write_json(folder / "metrics.json", classify_pictures(model, args, content, files, device, folder))
     else:
         dataset = load_test(model, args, content, options.dataset, device)
         count = len((dataset.labelled or dataset.train).labels)
         if options.knn is not None and not 1 <= options.knn <= count:
             raise UsageError(f"--knn {options.knn}: expected 1 to {count:,}, as there are training images")
         print(f"{args.version} after epoch {content['epoch']}, on {dataset.name} ({dataset.source})")
-        result = report(model, dataset, args, folder, measure(model, dataset.test, args, mirrored=args.flip))
+        mirrored = args.flip and options.dataset not in data.NEVER_FLIPPED
+        metrics = report(model, dataset, args, folder, measure(model, dataset.test, args, mirrored))
         if options.knn:
-            result["knn"] = report_knn(model, dataset, args, options.knn)
-    write_json(folder / "metrics.json", result)
+            found = report_knn(model, dataset, args, options.knn)
+            write_json(folder / "metrics.json", metrics | {"knn": found})
     return folder
 
 

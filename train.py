@@ -54,9 +54,9 @@ def stream(seed, epoch, purpose, rank=0):
 def steps(dataset, args, epoch):
     """(number of steps, an iterator over an epoch's batches, each a dict of tensors).
 
-    images (B, C, H, W), normalised; labels (B,); inputs, the images with noise. With --labels the labelled
-    images are repeated as often as needed: beside batches of all images, as labelled_inputs, or, where no
-    term needs those, instead of them. With the jigsaw loss, order (B, tiles).
+    images (B, C, H, W), normalised; labels (B,); with --noise, inputs, the images with it. With --labels the
+    labelled images are repeated as often as needed: beside batches of all images, as labelled_inputs, or,
+    where no term needs those, instead of them. With the jigsaw loss, order (B, tiles).
     """
     train, labelled, device = dataset.train, dataset.labelled, dataset.train.images.device
     n, (rank, processes) = len(train.labels), evaluate.process()
@@ -82,7 +82,9 @@ def steps(dataset, args, epoch):
 
     def batch_dicts():
         for (images, labels), other, (start, stop) in zip(everything, apart, bounds):
-            batch = {"images": images, "labels": labels, "inputs": evaluate.with_noise(images, args, noise)}
+            batch = {"images": images, "labels": labels}
+            if args.noise:
+                batch["inputs"] = evaluate.with_noise(images, args, noise)
             if other is not None:
                 batch["labels"] = other[1]
                 batch["labelled_inputs"] = evaluate.with_noise(other[0], args, noise)
