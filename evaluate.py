@@ -164,7 +164,7 @@ def load_checkpoint(path):
 
 def load_data(args, **changes):
     """The data.Dataset of settings, on the CPU. changes: other arguments of data.load. DataError."""
-    names = ("dataset", "data_dir", "size", "classes", "train_size", "test_size", "test_share", "val_share",
+    names = ("dataset", "data_dir", "size", "classes", "train_size", "test_size", "val_share",
              "labels", "variant", "constrain", "blur", "seed")
     settings = {name: getattr(args, name) for name in names} | changes
     if args.size and args.margin:
@@ -327,8 +327,8 @@ def best_row(rows):
     part = chosen_on(rows)
     classified = [row for row in rows if row[f"{part}_accuracy"] is not None]
     if classified:
-        return max(reversed(classified), key=lambda row: row[f"{part}_accuracy"])
-    return min(reversed(rows), key=lambda row: row[f"{part}_mse"])
+        return max(reversed(classified), key=lambda row: row[f"{part}_accuracy"]), part
+    return min(reversed(rows), key=lambda row: row[f"{part}_mse"]), part
 
 
 def digits(n):
@@ -493,7 +493,7 @@ def draw_curves(rows, path, title, note):
             label = part + notes.get(part, "")
             axis.plot(epochs, np.array(values, dtype=float), style, marker=marker, label=label)
         if key == "accuracy":
-            best = best_row(rows)
+            best = best_row(rows)[0]
             axis.plot(best["epoch"], best["test_accuracy"], "k^", markersize=6,
                       label=f"test at the best epoch (on {chosen_on(rows)}): {best['test_accuracy']:.2f} %")
         axis.set(title=name, ylabel=unit)
@@ -572,7 +572,7 @@ def report_classes(dataset, args, folder, tested, rows):
     if accuracy["at_chance"]:
         print(CHANCE if rows else "at chance: not better than the largest class by more than chance explains")
     if rows:
-        best, on = best_row(rows), chosen_on(rows)
+        best, on = best_row(rows)[0], chosen_on(rows)
         accuracy |= {"best": best["test_accuracy"], "best_epoch": best["epoch"], "best_chosen_on": on}
         print(f"best epoch (on {on}): {best['test_accuracy']:.{places}f} %, epoch {best['epoch']}")
     if "accuracy_mirrored" in tested:

@@ -51,47 +51,44 @@ def stream(seed, epoch, purpose, rank=0):
     return zlib.crc32(f"{seed} {epoch} {purpose} {rank}".encode())
 
 
+def process():
+    """(rank, processes): this process and how many train together (torchrun); else (0, 1)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def steps(dataset, args, epoch):
-    """(number of steps, an iterator over an epoch's batches, each a dict of tensors).
-
-    images (B, C, H, W), normalised; labels (B,); with --noise, inputs, the images with it. With --labels the
-    labelled images are repeated as often as needed: beside batches of all images, as labelled_inputs, or,
-    where no term needs those, instead of them. With the jigsaw loss, order (B, tiles).
-    """
-    train, labelled, device = dataset.train, dataset.labelled, dataset.train.images.device
-    n, (rank, processes) = len(train.labels), evaluate.process()
+    """Yields an epoch's batches, each a dict of tensors: images (B, C, H, W), normalised; labels (B,); with
+    --noise, inputs, the images with it. With --labels the labelled images are repeated as often as needed:
+    beside batches of all images, as labelled_inputs, or, where no term needs those, instead of them. With the
+    jigsaw loss, order (B, tiles)."""
+    n, device, (rank, processes) = len(dataset.train.labels), dataset.train.images.device, process()
     size = min(args.batch_size, n)  # of the labelled images' batches too
-    bounds = data.bounds(n, size)
-
-    def batches(split, purpose, rounds=1):
-        return data.batches(split, size, stream(args.seed, epoch, purpose), args.flip, degrees=args.rotate,
-                            shifts=args.shift, part=(rank, processes), rounds=rounds, **args.preparation)
-
-    everything, apart = batches(train, "order"), itertools.repeat(None)
-    if labelled is not None and "logits" in losses.needed(args.weights):
+    bounds, needed = data.bounds(n, size), losses.needed(args.weights)
+    options = dict(flip=args.flip, degrees=args.rotate, shifts=args.shift, part=(rank, processes),
+                   **args.preparation)
+    everything = data.batches(dataset.train, size, stream(args.seed, epoch, "order"), **options)
+    labelled = itertools.repeat(None)
+    if dataset.labelled is not None and "logits" in needed:
         # For a batch more than the steps, as the last one may be smaller or larger than the others.
-        rounds = math.ceil((len(bounds) + 1) * size / len(labelled.labels))
-        apart = itertools.islice(batches(labelled, "labelled", rounds), len(bounds))
-        if "images" not in losses.needed(args.weights):
-            everything, apart = apart, itertools.repeat(None)
+        rounds = math.ceil((len(bounds) + 1) * size / len(dataset.labelled.labels))
+        labelled = data.batches(dataset.labelled, size, stream(args.seed, epoch, "labelled"), rounds=rounds,
+                                **options)
+        if "images" not in needed:
+            everything, labelled = labelled, itertools.repeat(None)
     noise = torch.Generator(device).manual_seed(stream(args.seed, epoch, "noise", rank))
-    orders = None
     if args.weights["delta"]:
         tiles = torch.Generator().manual_seed(stream(args.seed, epoch, "tiles"))
         orders = torch.rand(n, args.jigsaw_grid ** 2, generator=tiles).argsort(1).to(device)
-
-    def batch_dicts():
-        for (images, labels), other, (start, stop) in zip(everything, apart, bounds):
-            batch = {"images": images, "labels": labels}
-            if args.noise:
-                batch["inputs"] = evaluate.with_noise(images, args, noise)
-            if other is not None:
-                batch["labels"] = other[1]
-                batch["labelled_inputs"] = evaluate.with_noise(other[0], args, noise)
-            if orders is not None:
-                batch["order"] = orders[start:stop][rank::processes][:len(images)]
-            yield batch
-    return len(bounds), batch_dicts()
+    for (start, stop), (images, labels), other in zip(bounds, everything, labelled):
+        batch = {"images": images, "labels": labels}
+        if args.noise:
+            batch["inputs"] = data.add_noise(images, args.noise, noise, args.scale)
+        if other is not None:
+            batch["labelled_inputs"] = data.add_noise(other[0], args.noise, noise, args.scale)
+            batch["labels"] = other[1]
+        if args.weights["delta"]:
+            batch["order"] = orders[start:stop][rank::processes][:len(images)]
+        yield batch
 
 
 def train_step(model, batch, args, net=None, class_weights=None):
@@ -119,8 +116,8 @@ def train_epoch(model, dataset, optimizer, args, epoch, net=None):
     model.train()
     if args.frozen:
         model.encoder.eval()  # BatchNorm keeps its statistics
-    device, rank = dataset.train.images.device, evaluate.process()[0]
-    torch.manual_seed(stream(args.seed, epoch, "dropout", rank))  # and of variational codes
+    device = dataset.train.images.device
+    torch.manual_seed(stream(args.seed, epoch, "dropout", process()[0]))  # and of variational codes
     class_weights = None
     if args.class_weights:
         labels = (dataset.labelled or dataset.train).labels
@@ -128,10 +125,10 @@ def train_epoch(model, dataset, optimizer, args, epoch, net=None):
     work = functools.partial(train_step, model, args=args, net=net, class_weights=class_weights)
     if device.type == "cuda" and net is None:  # DistributedDataParallel's communication is not recorded
         work = Recorded(work, list(model.parameters()))
-    terms = [term for flag, term in losses.TERMS.items() if args.weights[flag] and flag != "gamma"]
-    count, batches = steps(dataset, args, epoch)
+    terms = [term.name for flag, term in losses.TERMS.items() if args.weights[flag] and flag != "gamma"]
+    count = len(data.bounds(len(dataset.train.labels), args.batch_size))
     history, images, labels = torch.zeros(count, len(terms) + 1, device=device), 0, 0
-    for step, batch in enumerate(batches):
+    for step, batch in enumerate(steps(dataset, args, epoch)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, epoch + step / count)
         history[step] = work(batch)
@@ -145,23 +142,20 @@ def train_epoch(model, dataset, optimizer, args, epoch, net=None):
     if net is not None:
         dist.all_reduce(sums)
         images, labels = images * dist.get_world_size(), labels * dist.get_world_size()
-    *means, right = sums.tolist()
-    result = dict.fromkeys(term.name for term in losses.TERMS.values())
-    result |= {term.name: mean / (labels if term.name == "classifier" else images)
-               for term, mean in zip(terms, means)}
+    *totals, right = sums.tolist()
+    means = {name: total / (labels if name == "classifier" else images) for name, total in zip(terms, totals)}
     with torch.no_grad():  # the weights change little within an epoch: the term is taken once, as it ends
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        result["l2"] = losses.l2_reg_loss(trained).item()
-    result["loss"] = losses.weighted_sum(args.weights, result)
-    return result | {"accuracy": 100 * right / labels if result["classifier"] is not None else None}
+        means["l2"] = losses.l2_reg_loss(optimizer.param_groups[0]["params"]).item()
+    means["loss"] = losses.weighted_sum(args.weights, means)
+    return means | {"accuracy": 100 * right / labels if "classifier" in means else None}
 
 
 def check_finite(history, terms, epoch):
     """Raises Stopped where a step's losses, a row of the history, are not finite."""
-    bad = (~history[-100:].isfinite()).nonzero().tolist()
+    bad = (~history.isfinite()).nonzero().tolist()
     if bad:
-        step, term = bad[0][0] + max(0, len(history) - 100), bad[0][1]
-        raise Stopped(f"epoch {epoch + 1}, step {step + 1}: the {terms[term].name} loss is "
+        step, term = bad[0]
+        raise Stopped(f"epoch {epoch + 1}, step {step + 1}: the {terms[term]} loss is "
                       f"{history[step, term].item()}; a smaller --lr may help")
 
 
@@ -179,17 +173,21 @@ def make_optimizer(model, args):
     The gradient of gamma * l2_reg_loss is gamma * parameter, which is what weight decay adds, at no cost of
     its own (Muon's is decoupled: it shrinks the weights beside the update).
     """
-    needed = losses.needed(args.weights)
-    trained = {"encoder": not args.frozen, "classifier": "logits" in needed,
-               "decoder": bool({"reconstruction", "jigsaw_reconstruction"} & needed)}
-    for name, wanted in trained.items():
-        if getattr(model, name) is not None:
-            getattr(model, name).requires_grad_(wanted)
+    learns = {"encoder": not args.frozen, **trained_parts(args.weights)}
+    for name, part in model.named_children():
+        part.requires_grad_(learns[name])
     parameters = [p for p in model.parameters() if p.requires_grad]
     kind, fused, options = OPTIMIZERS[args.optimizer]
     options = {option: getattr(args, option) for option in options}
     options |= {"fused": True} if parameters[0].device.type in fused else {}
     return kind(parameters, lr=args.lr, weight_decay=args.weight_decay + args.gamma, **options)
+
+
+def trained_parts(weights):
+    """{"classifier": whether the loss of these weights trains it, "decoder": likewise}."""
+    needed = losses.needed(weights)
+    return {"classifier": "logits" in needed,
+            "decoder": bool({"reconstruction", "jigsaw_reconstruction"} & needed)}
 
 
 # ---------------------------------------------------------------- one run
@@ -206,15 +204,13 @@ def phases(args):
         return [Namespace(**vars(args), start=0, end=args.epochs, frozen=False)]
     first = max(1, int(args.epochs * args.first_share + 1e-9))
     decay = args.weight_decay if args.first_decay is None else args.first_decay
-
-    def without(tensor):
-        """The weights, 0 for the terms that need that tensor."""
-        return {flag: args.weights[flag] * (tensor not in term.needs) for flag, term in losses.TERMS.items()}
-    whole = vars(args) | {"lr_step": max(1, args.lr_step // 2)}
-    one = dict(start=0, end=first, frozen=False, weights=without("labels"), weight_decay=decay,
-               trained=["decoder"])
-    two = dict(start=first, end=args.epochs, frozen=args.freeze_encoder, weights=without("images"))
-    return [Namespace(**whole | one), Namespace(**whole | two)]
+    # The terms of the autoencoder are those that do not need labels, of the classifier that need no images.
+    one, two = ({flag: args.weights[flag] * (tensor not in term.needs) for flag, term in losses.TERMS.items()}
+                for tensor in ("labels", "images"))
+    both = vars(args) | {"lr_step": max(1, args.lr_step // 2)}
+    return [Namespace(**both | dict(start=0, end=first, frozen=False, weights=one, weight_decay=decay,
+                                    trained=["decoder"])),
+            Namespace(**both | dict(start=first, end=args.epochs, frozen=args.freeze_encoder, weights=two))]
 
 
 def train(model, dataset, args, folder, state=None):
@@ -225,7 +221,7 @@ def train(model, dataset, args, folder, state=None):
     finite.
     """
     rows, tested = (state["rows"], state["tested"]) if state else ([], None)
-    rank, processes = evaluate.process()
+    rank, processes = process()
     table = printed_columns(args)
     print("".join(f"{title:>{width}}" for title, _, _, width, _ in table))
     print("".join(f"{part:>{width}}" for _, part, _, width, _ in table), flush=True)
@@ -240,30 +236,33 @@ def train(model, dataset, args, folder, state=None):
         net = torch.nn.parallel.DistributedDataParallel(model) if processes > 1 else None
         for epoch in range(len(rows), phase.end):
             start = time.perf_counter()
-            trained = train_epoch(model, dataset, optimizer, phase, epoch, net)
+            means = train_epoch(model, dataset, optimizer, phase, epoch, net)
             seconds = time.perf_counter() - start
             rows.append({"epoch": epoch + 1})
             if rank:
                 continue
-            rows[-1], tested = measure_epoch(model, dataset, phase, epoch, trained)
+            rows[-1], tested = measure_epoch(model, dataset, phase, epoch, means)
             rows[-1] |= {"lr": optimizer.param_groups[0]["lr"], "seconds": seconds,
                          "images_per_second": len(dataset.train.labels) / seconds,
                          "test_seconds": time.perf_counter() - start - seconds}
             print_row(table, rows[-1])
-            save(folder, model, dataset, args, phase.trained, rows, tested, optimizer)
+            settings = vars(args) | {"trained": phase.trained}
+            save(folder, model, dataset, settings, rows, tested, optimizer)
     return rows, tested
 
 
-def measure_epoch(model, dataset, args, epoch, trained):
-    """The log's row of an epoch, and the measurement of the test images. Raises Stopped."""
+def measure_epoch(model, dataset, args, epoch, means):
+    """The log's row of an epoch, and the measurement of the test images. means: of `train_epoch`. Raises
+    Stopped."""
     tested = evaluate.measure(model, dataset.test, args, mirrored=args.flip and epoch + 1 == args.epochs)
     held_out = evaluate.measure(model, dataset.val, args) if dataset.val else {}
-    tested["loss"] = losses.weighted_sum(args.weights, tested | {"l2": trained["l2"]})
-    row = {"epoch": epoch + 1, "lr": None} | {f"train_{key}": value for key, value in trained.items()}
-    errors = [key for _, key, _ in evaluate.MEASURES]
-    terms = [term.name for term in losses.TERMS.values() if term.name != "l2"]
-    row |= {f"test_{key}": tested.get(key) for key in ("loss", *terms, "accuracy", *errors)}
-    row |= {f"val_{key}": held_out.get(key) for key in ("accuracy", "mse")}
+    tested["loss"] = losses.weighted_sum(args.weights, tested | {"l2": means["l2"]})
+    terms, errors = [term.name for term in losses.TERMS.values()], [key for _, key, _ in evaluate.MEASURES]
+    columns = {"train": (means, ["loss", *terms, "accuracy"]),
+               "test": (tested, ["loss", *(name for name in terms if name != "l2"), "accuracy", *errors]),
+               "val": (held_out, ["accuracy", "mse"])}
+    row = {"epoch": epoch + 1, "lr": None}
+    row |= {f"{part}_{key}": found.get(key) for part, (found, keys) in columns.items() for key in keys}
     bad = [key for key, value in row.items() if value is not None and not math.isfinite(value)]
     bad += [name for name, weight in model.state_dict().items() if not weight.isfinite().all()]
     if bad:
@@ -271,13 +270,12 @@ def measure_epoch(model, dataset, args, epoch, trained):
     return row, tested
 
 
-def save(folder, model, dataset, args, trained, rows, tested, optimizer):
+def save(folder, model, dataset, settings, rows, tested, optimizer):
     """log.csv, last.pt and, where the last epoch is the best one so far, best.pt."""
-    content = dict(settings=vars(args) | {"trained": trained}, classes=dataset.classes, epoch=len(rows),
-                   digest=args.digest, preparation=args.preparation,
-                   image_shape=list(dataset.train.images.shape[1:]))
+    content = dict(settings=settings, classes=dataset.classes, epoch=len(rows), digest=settings["digest"],
+                   preparation=settings["preparation"], image_shape=list(dataset.train.images.shape[1:]))
     evaluate.write_csv(folder / "log.csv", rows)
-    if evaluate.best_row(rows) is rows[-1]:
+    if evaluate.best_row(rows)[0] is rows[-1]:
         evaluate.write_whole(folder / "best.pt", lambda part: models.save(part, model, **content))
     # No random state: every epoch's is made from the seed and the epoch's number.
     evaluate.write_whole(folder / "last.pt", lambda part: models.save(
@@ -310,9 +308,9 @@ def prepare(args, model=None):
     (dataset, precision) by those that are used. model: of a run that resumes; None builds it. UsageError,
     DataError."""
     evaluate.keep_freed_memory()
-    device, (_, processes) = evaluate.pick_device(args.device), evaluate.process()
+    device = evaluate.pick_device(args.device)
     if device.type == "cuda":
-        if processes > 1:
+        if dist.is_initialized():
             device = torch.device("cuda", torch.cuda.current_device())
         if device.index is not None:
             torch.cuda.set_device(device)  # otherwise memory of the first GPU is taken as well
@@ -332,34 +330,34 @@ def prepare(args, model=None):
         changes |= {"decoder": None} if args.decoder == "none" else {}
         version = models.Version(args.encoder) if args.version == "custom" else args.version
         model = models.build(version, (channels, *sides), len(dataset.classes), skip=args.skip, **changes)
-        taken = start_from(model, args.init, args.scale) if args.init else []
-        if isinstance(model.encoder[0], models.WhiteningConv2d) and "encoder" not in taken:
+        if args.init:
+            start_from(model, args)
+        elif isinstance(model.encoder[0], models.WhiteningConv2d):
             sample = evaluate.drawn(dataset.train, 1 + 1_000_000 // math.prod(sides))  # a million pixels do
             models.whiten(model, data.normalise(sample.images, **args.preparation))
     check_network(model, dataset, args, sides)
     return dataset.to(device), model.to(device, memory_format=torch.channels_last)
 
 
-def start_from(model, path, scale):
-    """Takes the encoder of a checkpoint, and its trained decoder and classifier where the shapes agree.
-    Returns their names. UsageError where the encoder is another one."""
-    (source, content), taken = models.load(path), []
-    trained = content.get("settings", {}).get("trained", ["decoder", "classifier"])
-    for part in ("encoder", *trained):
-        if getattr(model, part) is not None and getattr(source, part) is not None:
-            ours, theirs = getattr(model, part).state_dict(), getattr(source, part).state_dict()
-            shapes = [{key: value.shape for key, value in each.items()} for each in (ours, theirs)]
-            if shapes[0] == shapes[1] and source.version.encoder == model.version.encoder:
-                getattr(model, part).load_state_dict(theirs)
-                taken.append(part)
+def start_from(model, args):
+    """Takes from the checkpoint --init its encoder, and its trained decoder and classifier where the shapes
+    agree. UsageError where the encoder is another one, or read images of another scale."""
+    (source, content), taken = models.load(args.init), []
+    trained = content["settings"]["trained"] if "settings" in content else ["decoder", "classifier"]
+    parts, others = dict(model.named_children()), dict(source.named_children())
+    for name in {"encoder", *trained} & set(parts) & set(others):
+        ours, theirs = ([(key, value.shape) for key, value in each[name].state_dict().items()]
+                        for each in (parts, others))
+        if ours == theirs and model.version.encoder == source.version.encoder:
+            parts[name].load_state_dict(others[name].state_dict())
+            taken.append(name)
     if "encoder" not in taken:
         ours, theirs = (f"{each.version.encoder} for {each.version.in_shape}" for each in (model, source))
-        raise UsageError(f"--init {path}: its encoder is {theirs} images; expected {ours}")
-    found = content.get("preparation", {}).get("scale", scale)
-    if found != scale:
-        raise UsageError(f"--scale {scale}: {path} was trained with {found}; expected --scale={found}")
-    print(f"started from {path}: {', '.join(taken)}; all else from the seed")
-    return taken
+        raise UsageError(f"--init {args.init}: its encoder is {theirs} images; expected {ours}")
+    its = content.get("preparation", args.preparation)["scale"]
+    if its != args.scale:
+        raise UsageError(f"--scale {args.scale}: {args.init} was trained with {its}; expected --scale={its}")
+    print(f"started from {args.init}: {', '.join(taken)}; all else from the seed")
 
 
 def check_network(model, dataset, args, sides):
@@ -373,8 +371,8 @@ def check_network(model, dataset, args, sides):
             if lacks.get(name):
                 raise UsageError(f"--{flag} {weight:g}: {args.version} has {lacks[name]}; expected --{flag} "
                                  "0, or a network with it (--classifier, --decoder, --encoder)")
-    end, n = model.version.output, len(dataset.train.labels)
-    reach = {"sigmoid": ("0..1",), "tanh": ("0..1", "-1..1")}.get(end, (args.scale,))
+    end, least = model.version.output, 2 * process()[1]
+    reach = {"sigmoid": ["0..1"], "tanh": ["0..1", "-1..1"]}.get(end, [args.scale])
     for wrong, message in (
             ("decoder" in args.trained and args.scale not in reach, f"--scale {args.scale}: the decoder of "
              f"{args.version} ends in a {end}, not reaching its values; expected {' or '.join(reach)}"),
@@ -384,73 +382,67 @@ def check_network(model, dataset, args, sides):
              f"--alpha {args.alpha:g}: {dataset.name} has one class here; expected two, or --alpha 0"),
             (args.labels and args.labels < model.num_classes,
              f"--labels {args.labels}: expected at least one for each of {model.num_classes} classes"),
-            (args.test_share != defaults(args.version)["test_share"] and "for the test" not in dataset.source,
-             f"--test-share {args.test_share:g}: no effect on {dataset.name}, which has its own test images"),
-            (args.shift >= min(dataset.train.images.shape[2:]),
-             f"--shift {args.shift}: expected less than the images' sides"),
-            (min(args.batch_size, n) < 2 * evaluate.process()[1], f"--batch-size {args.batch_size}: expected "
-             f"at least two images for each process, of {n} training images")):
+            (min(args.batch_size, len(dataset.train.labels)) < least,
+             f"--batch-size {args.batch_size}: expected batches of {least} images or more")):
         if wrong:
             raise UsageError(message)
 
 
 def run_name(args):
     """A run's folder: --name, or the version and whatever differs from its recipe: v4_beta0,
-    v4_dataset-shapes, v4_no-decoder; a custom network is named by its notation."""
+    v4_dataset-shapes, v4_no-decoder."""
     usual = defaults(args.version)
     seed = f"_seed{args.seed}" if args.seed != usual["seed"] else ""
     if args.name:
         return slug(args.name) + seed
-    parts = [args.version]
-    if args.version == "custom":
-        parts = [slug(notation) for notation in (args.encoder, args.classifier) if notation]
-    for key, value in usual.items():
-        chosen, flag = getattr(args, key), key.replace("_", "-")
-        unnamed = key in ("version", "precision", "data_dir", *evaluate.INCIDENTAL) or (
-            key == "beta" and args.decoder == "none") or (
-            args.version == "custom" and key in ("encoder", "classifier")) or (
-            key == "flip" and args.dataset in data.NEVER_FLIPPED)
-        if chosen == value or unnamed or key == "dataset" and chosen == (value or "cifar10"):
+    parts, unnamed = [args.version], ["version", "precision", "data_dir", *evaluate.INCIDENTAL]
+    unnamed += ["beta"] * (args.decoder == "none") + ["flip"] * (args.dataset in data.NEVER_FLIPPED)
+    unnamed += ["dataset"] * (args.dataset == (usual["dataset"] or "cifar10"))
+    for key, flag in ((key, key.replace("_", "-")) for key in usual if key not in unnamed):
+        value = getattr(args, key)
+        if value == usual[key]:
             continue
-        if isinstance(chosen, bool) or chosen == "none":
-            parts.append(flag if chosen is True else f"no-{flag}")
+        if isinstance(value, bool) or value == "none":
+            parts.append(flag if value is True else f"no-{flag}")
             continue
-        if key in ("dataset", "init"):
-            chosen = Path(chosen).stem if key == "dataset" else Path(chosen).resolve().parent.name[:20]
-        if isinstance(chosen, dict):
-            chosen = "-".join(f"{name}{share:g}" for name, share in chosen.items())
-        text = slug(f"{chosen:g}" if isinstance(chosen, float) else str(chosen))
-        parts.append(f"{flag}{text}" if text[:1].isdigit() else f"{flag}-{text}")
+        if key == "init":
+            value = Path(value).resolve().parent.name[:20]
+        elif key == "dataset":
+            value = Path(value).stem
+        elif isinstance(value, dict):
+            value = "-".join(f"{name}{share:g}" for name, share in value.items())
+        text = slug(f"{value:g}" if isinstance(value, float) else str(value))
+        parts.append(flag + "-" * (not text[:1].isdigit()) + text)
     return "_".join(parts)[:120 - len(seed)] + seed
 
 
 def slug(text):
     """A notation or a value as a part of a file name: "C'(16)>C(16)" is "Cp16-C16"."""
-    text = re.sub(r"\((\d[\d.]*)\)", r"\1", text.replace("'", "p").replace("e+", "e"))
-    return re.sub(r"[^\w.-]+", "-", text).strip("-")
+    return evaluate.file_name(re.sub(r"\((\d[\d.]*)\)", r"\1", text.replace("'", "p").replace("e+", "e")))
 
 
-def git_commit():
-    """The commit of this code, "-dirty" where files differ from it; None without git."""
+def surroundings(device):
+    """What a run depends on beside its settings, for config.json. The commit ends in "-dirty" where files
+    differ from it, and is None without git."""
     words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+        commit = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def make_folder(args, dataset, model, device, command):
-    """A new folder for the run with its config.json: its name, or with a number where that is taken."""
+        commit = None
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else (
         f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
+    return {"device": str(device), "machine": machine, "processes": process()[1], "torch": torch.__version__,
+            "python": platform.python_version(), "git": commit, "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+
+
+def make_folder(args, dataset, model, command):
+    """A new folder for the run with its config.json: its name, or with a number where that is taken."""
     config = {
         "settings": vars(args), "command": command, "network": vars(model.version),
         "classes": dataset.classes, "source": dataset.source,
         "images_per_class": data.counts(dataset.train, len(dataset.classes)),
         "images": {"train": len(dataset.train.labels), "test": len(dataset.test.labels)},
-        "device": str(device), "machine": machine, "processes": evaluate.process()[1],
-        "torch": torch.__version__, "python": platform.python_version(), "git": git_commit(),
-        "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+        **surroundings(dataset.train.images.device)}
     for number in itertools.count(1):
         folder = Path(args.output, run_name(args) + (f"_run{number}" if number > 1 else ""))
         if not folder.exists():
@@ -460,39 +452,38 @@ def make_folder(args, dataset, model, device, command):
 
 def announce(args, dataset, model, folder):
     """Prints what is about to run."""
-    v, processes = model.version, evaluate.process()[1]
-    decoder = f"decoder: {v.decoder}" + ", not trained" * ("decoder" not in args.trained)
+    v, decoder = model.version, f"decoder: {model.version.decoder}" if model.decoder else "no decoder"
     counts = data.counts(dataset.train, len(dataset.classes))
     per_class = f"{counts[0]:,} of each of {len(counts)} classes" if len(set(counts)) == 1 else (
         ", ".join(f"{name} {count:,}" for name, count in zip(dataset.classes, counts)))
-    parts = [("training", dataset.train), ("labelled", dataset.labelled), ("held-out", dataset.val),
-             ("test", dataset.test)]
+    parts = {"training": dataset.train, "labelled": dataset.labelled, "held-out": dataset.val,
+             "test": dataset.test}
     weights = ", ".join(f"{flag} {weight:g}" for flag, weight in args.weights.items() if weight)
     print(f"{args.version}: {v.encoder} | {v.classifier or 'no classifier'}{', lower features' * v.skip}\n"
-          f"{models.parameter_count(model):,} parameters; {decoder if model.decoder else 'no decoder'}\n"
+          f"{models.parameter_count(model):,} parameters; {decoder}"
+          f"{', not trained' * (model.decoder is not None and 'decoder' not in args.trained)}\n"
           f"{dataset.name}, {dataset.source}, {'x'.join(map(str, v.in_shape))}: "
-          f"{', '.join(f'{len(split.labels):,} {name}' for name, split in parts if split)} images\n"
+          f"{', '.join(f'{len(split.labels):,} {name}' for name, split in parts.items() if split)} images\n"
           f"training images: {per_class}\n"
           f"epochs {args.epochs}, batch {args.batch_size}, {args.optimizer} lr {args.lr:g}, {weights}, "
           f"seed {args.seed}")
     if args.separate:
         print(f"epochs 1 to {phases(args)[0].end}: the autoencoder alone; then the classifier on its "
               f"{'frozen ' * args.freeze_encoder}encoder")
-    several = f", {processes} processes" * (processes > 1)
-    print(f"on {dataset.train.images.device} in {args.precision}{several}, into {folder}\n", flush=True)
+    print(f"on {dataset.train.images.device} in {args.precision}, into {folder}\n", flush=True)
 
 
 def reopen(folder, given, typed):
     """(args, last.pt's content or None, its model or None) of a run that is to resume. given, typed: what
     `parse` made of the words beside --resume. UsageError."""
     try:
-        settings = json.loads((folder / "config.json").read_text())["settings"]
-        if not set(defaults(settings["version"])) <= set(settings):
+        args = Namespace(**json.loads((folder / "config.json").read_text())["settings"])
+        if not set(defaults(args.version)) <= set(vars(args)):
             raise KeyError("it lacks settings")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"--resume {folder}: not the folder of a run of this version of the program "
                          f"({error})") from None
-    args, epochs = Namespace(**settings), settings["epochs"]
+    epochs = args.epochs
     for key, value in typed.items():
         if key not in ("resume", "epochs", "device", "data_dir"):
             raise UsageError(f"--{key.replace('_', '-')} {value}: a run resumes with its own settings; leave "
@@ -510,27 +501,19 @@ def reopen(folder, given, typed):
     return args, state, model
 
 
-def keep_resumed(folder, args, dataset, device):
+def keep_resumed(folder, args, dataset):
     """Notes in config.json that the run resumes. UsageError where its data is not what it was."""
     config = json.loads((folder / "config.json").read_text())
     if args.digest != config["settings"]["digest"]:
         raise UsageError(f"--resume {folder}: {dataset.source} has changed; expected the images and labels "
                          "with which the run began")
-    now = {"torch": torch.__version__, "device": str(device), "threads": torch.get_num_threads(),
-           "git": git_commit(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
-    resumed = [*config.get("resumed", []), now]
+    resumed = [*config.get("resumed", []), surroundings(dataset.train.images.device)]
     evaluate.write_json(folder / "config.json", config | {"settings": vars(args), "resumed": resumed})
 
 
-class Result(NamedTuple):
-    model: models.Autoencoder
-    rows: list    # of the log, dicts
-    folder: Path
-
-
 def execute(args, typed, command):
-    """Trains one run, or resumes it. Returns a Result. Raises UsageError and the like, Stopped."""
-    rank, processes = evaluate.process()
+    """Trains one run, or resumes it. Returns what `run` does. Raises UsageError and the like, Stopped."""
+    rank, processes = process()
     state = model = folder = None
     if args.resume:
         folder = Path(args.resume)
@@ -541,12 +524,11 @@ def execute(args, typed, command):
     if processes > 1 and not rank:
         dist.barrier()
     if rank:
-        return Result(model, train(model, dataset, args, None, state)[0], None)
-    device = dataset.train.images.device
+        return model, train(model, dataset, args, None, state)[0], None
     if folder is None:
-        folder = make_folder(args, dataset, model, device, command)
+        folder = make_folder(args, dataset, model, command)
     else:
-        keep_resumed(folder, args, dataset, device)
+        keep_resumed(folder, args, dataset)
     try:
         announce(args, dataset, model, folder)
         rows, tested = train(model, dataset, args, folder, state)
@@ -557,14 +539,14 @@ def execute(args, typed, command):
         error.advice = f"; {kept} in {folder}{again}"
         raise
     print(f"saved in {folder}\nnext: python evaluate.py --ckpt {folder / 'best.pt'}")
-    return Result(model.eval(), rows, folder)
+    return model.eval(), rows, folder
 
 
 def run(**settings):
     """Trains a network as the command does: run(version="v2", epochs=3) is --version v2 --epochs 3.
 
-    settings: by the names of the flags (data_dir="data", flip=False, classes=["cat", "dog"]). Returns a
-    Result: the model in eval mode, the log's rows and the run's folder. Raises a ValueError where the command
+    settings: by the names of the flags (data_dir="data", flip=False, classes=["cat", "dog"]). Returns the
+    model in eval mode, the log's rows (dicts) and the run's folder. Raises a ValueError where the command
     would end with a message, RuntimeError where a loss is not finite.
     """
     words = []
@@ -580,8 +562,7 @@ def run(**settings):
             words.append(flag if value else f"--no-{flag[2:]}")
         elif value is not None:
             words.append(f"{flag}={value}")
-    many, words = MANY.parse_known_args(words)
-    if many != MANY.parse_args([]):
+    if MANY.parse_known_args(words)[1] != words:
         raise UsageError("train.run trains one run; expected no sweep, seeds, jobs or list")
     return execute(*parse(words), ["python", "train.py", *words])
 
@@ -589,28 +570,42 @@ def run(**settings):
 # ---------------------------------------------------------------- many runs
 
 def plan(many, words):
-    """(the runs of --sweep and --seeds, each the words of its command; the folder they go into; what the
-    comparison at their end is against). words: those of the command without the flags of MANY. UsageError."""
-    runs, against, (args, typed) = [[]], None, parse(words, False)
-    output = args.output
+    """The runs of --sweep and --seeds, {folder: (words of its command, its settings)}; the folder they go
+    into; what the comparison at their end is against. words: those of the command without the flags of MANY.
+    UsageError."""
+    common, typed = parse(words, False)
+    runs, lines, against, output = {}, [[]], None, common.output
     if many.sweep:
-        if many.sweep not in SWEEPS and "=" not in many.sweep:
-            raise UsageError(f"--sweep {many.sweep}: expected SETTING=V1,V2,... or one of {' '.join(SWEEPS)}")
-        runs, _, against = SWEEPS.get(many.sweep, Sweep(many.sweep, ""))
-        if isinstance(runs, str):
-            setting, _, values = runs.partition("=")
-            runs = [[f"--{setting}={value}"] for value in values.split(",")]
+        setting, _, values = many.sweep.partition("=")
+        if values:
+            lines = [[f"--{setting}={value}"] for value in values.split(",")]
+        elif many.sweep in SWEEPS:
+            lines, _, against = SWEEPS[many.sweep]
+            lines = [shlex.split(line) for line in lines]
         else:
-            runs = [shlex.split(line) for line in runs]
-        settings = [parse(line, False)[1] for line in runs]
+            raise UsageError(f"--sweep {many.sweep}: expected SETTING=V1,V2,... or one of {' '.join(SWEEPS)}")
+        settings = [parse(line, False)[1] for line in lines]
         for flag in typed:
             if len({repr(each.get(flag)) for each in settings}) > 1:
                 raise UsageError(f"--{flag.replace('_', '-')}: {many.sweep} varies it; leave it out")
         output = str(Path(output, f"sweep-{slug(many.sweep)}"))
-    runs = [[*line, *words, "--seed", str(args.seed + i), "--output", output]
-            for line in runs for i in range(many.seeds or 1)]
-    no_set = [["--dataset", "cifar10"] if parse(line, False)[0].dataset is None else [] for line in runs]
-    return [[*line, *more] for line, more in zip(runs, no_set)], output, against  # no substitute among many
+    for line, i in itertools.product(lines, range(many.seeds or 1)):
+        line = [*line, *words, "--seed", str(common.seed + i), "--output", output]
+        if parse(line, False)[0].dataset is None:  # no substitute among many
+            line += ["--dataset", "cifar10"]
+        args = parse(line)[0]
+        folder = Path(output, run_name(args))
+        if folder in runs:
+            raise UsageError(f"{folder}: would be the folder of two runs; expected settings that its name "
+                             "tells apart, without --name")
+        if (folder / "config.json").exists():
+            found = json.loads((folder / "config.json").read_text())["settings"]
+            for key, value in vars(args).items():  # another data set of that name, a recipe that has changed
+                if key not in evaluate.INCIDENTAL and found.get(key) != value != "auto":
+                    raise UsageError(f"{folder}: holds a run with {key} {found.get(key)}, not {value}; "
+                                     "expected another --output")
+        runs[folder] = line, args
+    return runs, output, against
 
 
 def train_many(many, words):
@@ -618,38 +613,30 @@ def train_many(many, words):
     output goes to <run>.txt; then compares them. A run is known by its folder's name: finished ones are not
     trained again, interrupted ones resume. Returns the exit status."""
     runs, output, against = plan(many, words)
-    settings = [parse(line)[0] for line in runs]
-    folders = [Path(output, run_name(args)) for args in settings]
     if many.list:
-        print("\n".join(shlex.join([sys.executable, os.path.abspath(__file__), *line]) for line in runs))
+        print("\n".join(shlex.join([sys.executable, os.path.abspath(__file__), *line])
+                        for line, _ in runs.values()))
         return 0
-    for i, (args, folder) in enumerate(zip(settings, folders)):
-        if folder in folders[:i]:
-            raise UsageError(f"{folder}: would be the folder of two runs; expected settings that its name "
-                             "tells apart, without --name")
-        check_same(args, folder)
-    todo = [i for i, folder in enumerate(folders) if not evaluate.read_run(folder)]
+    settings, todo = [args for _, args in runs.values()], [run for run in runs if not evaluate.read_run(run)]
     cores, device = torch.get_num_threads(), evaluate.pick_device(settings[0].device)
     gpus = torch.cuda.device_count() if device == torch.device("cuda") else 0
     # Small networks use several threads badly; networks of large batches well.
     alone = device.type != "cpu" or max(args.batch_size for args in settings) >= 500
-    usual = gpus or (1 if alone else cores)
-    jobs = min(many.jobs or usual, len(runs))
-    threads, width = max(1, cores // jobs), max(len(folder.name) for folder in folders)
-    slots, running, stopped = queue.SimpleQueue(), set(), []
-    for slot in range(jobs):
-        slots.put(slot)
+    jobs = min(many.jobs or gpus or (1 if alone else cores), len(runs))
+    threads, width, free = max(1, cores // jobs), max(len(run.name) for run in runs), queue.SimpleQueue()
+    for job in range(jobs):
+        free.put(["--device", f"cuda:{job % gpus}"] if gpus else [])
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONIOENCODING": "utf-8"}
 
-    def train_one(i):
-        folder, slot, start, line = folders[i], slots.get(), time.time(), runs[i]
+    def train_one(folder):
+        (line, args), start = runs[folder], time.time()
         if (folder / "config.json").exists():
-            line = ["--resume", str(folder), "--data-dir", settings[i].data_dir]
-        if gpus:
-            line = [*line, "--device", f"cuda:{slot % gpus}"]
-        status = run_command(line, f"{folder}.txt", threads, running)
-        slots.put(slot)
-        if stopped:
-            return False
+            line = ["--resume", str(folder), "--data-dir", args.data_dir]
+        with open(f"{folder}.txt", "a", encoding="utf-8") as file:
+            device = free.get()
+            status = subprocess.call([sys.executable, __file__, *line, *device], stdout=file, stderr=file,
+                                     env=environment)
+            free.put(device)
         last = Path(f"{folder}.txt").read_text(encoding="utf-8").strip().split("\n")[-1] or "no output"
         result = f"  failed: {last} ({folder}.txt)" if status else summary(folder)
         print(f"{folder.name:<{width}}{result}{(time.time() - start) / 60:>8.1f} min", flush=True)
@@ -661,54 +648,25 @@ def train_many(many, words):
     with ThreadPoolExecutor(jobs) as pool:
         try:
             done = list(pool.map(train_one, todo))
-        except BaseException as error:  # the completed epochs of those that run are kept
-            stopped.append(error)
+        except BaseException as error:  # Ctrl-C ends the runs, too; their completed epochs are kept
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(running):
-                process.terminate()
             error.advice = "; the same command resumes the runs"
             raise
-    complete = [folder for folder in folders if evaluate.read_run(folder)]
+    complete = [folder for folder in runs if evaluate.read_run(folder)]
     if len(complete) > 1:
-        print()
-        where = Path(output, "comparison" if many.sweep else f"comparison-{folders[0].name}")
-        against = against if len(complete) == len(folders) else None  # which may have failed
-        print(f"saved in {evaluate.compare(complete, where, against)}")
+        where = Path(output, "comparison" if many.sweep else f"comparison-{complete[0].name}")
+        against = against if len(complete) == len(runs) else None  # which may have failed
+        print(f"\nsaved in {evaluate.compare(complete, where, against)}")
     return 0 if all(done) else 1
-
-
-def run_command(line, path, threads, running):
-    """Runs the command of one run with so many CPU threads; returns its status. path: where its output is
-    appended. running: a set in which its process is as long as it runs."""
-    own = {"OMP_NUM_THREADS": str(threads), "PYTHONIOENCODING": "utf-8"}
-    with open(path, "a", encoding="utf-8") as file:
-        process = subprocess.Popen([sys.executable, __file__, *line], stdout=file, stderr=file,
-                                   env=os.environ | own)
-        running.add(process)
-        status = process.wait()
-        running.discard(process)
-    return status
-
-
-def check_same(args, folder):
-    """UsageError where a folder of the run's name holds one of other settings: another data set of that name,
-    a recipe that has changed."""
-    if (folder / "config.json").exists():
-        found = json.loads((folder / "config.json").read_text())["settings"]
-        for key, value in vars(args).items():
-            if key not in evaluate.INCIDENTAL and found.get(key) != value != "auto":
-                raise UsageError(f"{folder}: holds a run with {key} {found.get(key)}, not {value}; expected "
-                                 "another --output")
 
 
 def summary(folder):
     """The figures of a finished run, in columns."""
     metrics = json.loads((folder / "metrics.json").read_text())
     accuracy, errors = metrics.get("accuracy"), metrics.get("reconstruction")
-    places = evaluate.digits(metrics["test_images"])
-    return (f"{accuracy['test']:>10.{places}f} %" if accuracy else " " * 12) + (
-        f"{errors['psnr']:>8.2f} dB" if errors else " " * 11) + (
-        "  at chance" if accuracy and accuracy["at_chance"] else "")
+    text = f"{accuracy['test']:>10.{evaluate.digits(metrics['test_images'])}f} %" if accuracy else " " * 12
+    text += f"{errors['psnr']:>8.2f} dB" if errors else " " * 11
+    return text + "  at chance" * bool(accuracy and accuracy["at_chance"])
 
 
 # ---------------------------------------------------------------- recipes and sweeps
@@ -722,23 +680,23 @@ JOINT = OTHERS | dict(scale="-1..1", classes="automobile,cat,dog,horse,truck", r
 FASHION = OTHERS | dict(dataset="fashionmnist", epochs=30, batch_size=64)
 V5 = dict(label_smoothing=0.2, shift=2, optimizer="muon", lr=0.15, momentum=0.85, weight_decay=0.0,
           schedule="onecycle", epochs=10, batch_size=500)
-KINDS, LATENT = ["mlp", "combo", "cnn"], ["cnn10", "cnn32", "cnn100", "cnn1000"]
-DEPTHS = ["cnnL1", "cnnL3", "cnnL5", "cnnL10"]
+AUTOENCODERS = {"kind": ["mlp", "combo", "cnn"], "latent": ["cnn10", "cnn32", "cnn100", "cnn1000"],
+                "depth": ["cnnL1", "cnnL3", "cnnL5", "cnnL10"]}
 # What a version's recipe changes of the CIFAR study's.
 RECIPES = dict.fromkeys([*models.VERSIONS, "custom"], {}) | {
     "v2.3": dict(size=64), "v4": dict(gamma=0.001), "v4-stride2": dict(gamma=0.001),
     "v5-small": V5 | dict(epochs=6), "v5": V5, "v5-large": V5 | dict(epochs=40),
     **dict.fromkeys(["vgg", "resnet", "mobilenet", "squeezenet"], STANDARD),
-    "joint5": JOINT, "cnn6": dict(beta=0.0), **dict.fromkeys([*KINDS, *LATENT, *DEPTHS], OTHERS),
+    "joint5": JOINT, "cnn6": dict(beta=0.0), **dict.fromkeys(sum(AUTOENCODERS.values(), []), OTHERS),
     "mnist": OTHERS | dict(dataset="mnist", alpha=1.0, weight_decay=0.01, first_share=2 / 3, first_decay=0.0),
     "fashion-mlp": FASHION, "fashion-cnn": FASHION, "vae": FASHION | dict(kl=0.02),
 }
 
 
 class Sweep(NamedTuple):
-    runs: object  # SETTING=V1,V2,..., or a list of flags, a run each
+    runs: list  # of flags, a run each
     help: str
-    against: str | None = None  # as of evaluate.py --against; of SETTING=V1,V2 its first value
+    against: str | None = None  # as of evaluate.py --against; None: the first run
 
 
 def both(*lines, more=""):
@@ -777,9 +735,8 @@ SWEEPS = {
     "study": Sweep([*both(*(f"--version {version}" for version in CIFAR)), "--version v4-plain",
                     "--version v4-stride2", *(f"--version v4 {change}" for change in OF_V4)],
                    "every row of the CIFAR study at 32x32 and 64x64", "beta=0"),
-    "kind": Sweep("version=" + ",".join(KINDS), "autoencoders of three kinds"),
-    "latent": Sweep("version=" + ",".join(LATENT), "autoencoders of four code sizes"),
-    "depth": Sweep("version=" + ",".join(DEPTHS), "autoencoders of four depths"),
+    **{name: Sweep([f"--version {version}" for version in versions], " ".join(versions))
+       for name, versions in AUTOENCODERS.items()},
 }
 
 
@@ -788,15 +745,13 @@ SWEEPS = {
 def number(kind, low, high=math.inf, above=False):
     """An argparse type: an int or a float from `low` (or above it) to `high`."""
     def convert(text):
-        try:
-            value = kind(text)
-            if math.isfinite(value) and low <= value <= high and not (above and value == low):
-                return value
-        except (ValueError, OverflowError):
-            pass
-        name, bound = "whole number" if kind is int else "number", "above" if above else "of at least"
-        upper = "" if high == math.inf else f", at most {high:g}"
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a {name} {bound} {low:g}{upper}")
+        value = kind(text)
+        if not low <= value <= high or value == math.inf or above and value == low:
+            expected = f"a number {'above' if above else 'of at least'} {low:g}"
+            expected += "" if high == math.inf else f", at most {high:g}"
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}")
+        return value
+    convert.__name__ = kind.__name__  # for argparse's own message
     return convert
 
 
@@ -809,40 +764,29 @@ def shares(text):
 
 
 COUNT, POSITIVE, WEIGHT = number(int, 1), number(float, 0, above=True), number(float, 0)
-def add_many(parser):
-    """Adds the flags of several runs; all others are a run's."""
-    add = parser.add_argument_group("several runs, and their comparison").add_argument
-    add("--seeds", type=COUNT, metavar="N", help="train with N seeds, from --seed on; finished runs are kept")
-    add("--sweep", metavar="NAME", help="one run for each value of a setting, SETTING=V1,V2,..., compared "
-        "with the first; or the runs of a table: "
-        + "; ".join(f"{key}: {sweep.help}" for key, sweep in SWEEPS.items()))
-    add("--jobs", type=COUNT, metavar="J", help="runs at once; by default one for each GPU or, without GPUs, "
-        "for each CPU thread (one in all from batches of 500 images on)")
-    add("--list", action="store_true", help="print the commands of the runs, one a line, and run nothing")
-
-
+# The flags of several runs; all others are a run's.
 MANY = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
 MANY.error = evaluate.fail
-add_many(MANY)
+add = MANY.add_argument_group("several runs, and their comparison").add_argument
+add("--seeds", type=COUNT, metavar="N", help="train with N seeds, from --seed on; finished runs are kept")
+add("--sweep", metavar="NAME", help="a run for each value of a setting, SETTING=V1,V2,..., compared with the "
+    "first; or the runs of a table: " + "; ".join(f"{key}: {sweep.help}" for key, sweep in SWEEPS.items()))
+add("--jobs", type=COUNT, metavar="J", help="runs at once; by default one for each GPU or, without GPUs, for "
+    "each CPU thread (one in all from batches of 500 images on)")
+add("--list", action="store_true", help="print the commands of the runs, one a line, and run nothing")
 
 
 def make_parser(version="v4"):
     """The command line of one run, its defaults those of the version's recipe."""
-    parser = argparse.ArgumentParser(
-        description=f"Trains an autoencoder with a classifier. In brackets, the defaults of {version}; -h "
-        "after --version NAME shows those of another one.", allow_abbrev=False)
-    parser.error, switch = evaluate.fail, argparse.BooleanOptionalAction
-
-    def weight(flag):
-        term = losses.TERMS[flag]
-        add(f"--{flag}", type=WEIGHT, default=term.default, metavar="X", help=term.help)
-
-    add = parser.add_argument_group("what matters most").add_argument
+    weights = {flag: dict(type=WEIGHT, default=term.default, metavar="X", help=term.help)
+               for flag, term in losses.TERMS.items()}
+    switch, first = argparse.BooleanOptionalAction, argparse.ArgumentParser(add_help=False)
+    add = first.add_argument_group("what matters most").add_argument
     add("--version", default=version, metavar="NAME", help=" ".join(models.VERSIONS))
     add("--dataset", metavar="NAME|PATH", help=f"{' '.join(data.NAMES)} shapes, a folder of pictures or an "
         ".npz; by default the version's own: mostly cifar10, or shapes where that is unavailable")
-    weight("alpha")
-    weight("beta")
+    add("--alpha", **weights.pop("alpha"))
+    add("--beta", **weights.pop("beta"))
     add("--epochs", type=COUNT, default=40, metavar="N", help="passes over the training images")
     add("--lr", type=POSITIVE, default=0.01, metavar="X", help="learning rate")
     add("--batch-size", type=COUNT, default=32, metavar="N", help="images per step")
@@ -850,7 +794,10 @@ def make_parser(version="v4"):
     add("--output", default="outputs", metavar="DIR", help="where run folders go")
     add("--resume", metavar="RUN", help="resume the run in this folder; --epochs N lengthens it")
 
-    add_many(parser)
+    parser = argparse.ArgumentParser(
+        description=f"Trains an autoencoder with a classifier. In brackets, the defaults of {version}; -h "
+        "after --version NAME shows those of another one.", allow_abbrev=False, parents=[first, MANY])
+    parser.error = evaluate.fail
     add = parser.add_argument_group("network").add_argument
     add("--encoder", metavar="NOTATION", help="another encoder, such as \"C'(32)>C(32)\"")
     add("--classifier", metavar="NOTATION", help="another classifier, such as \"L(128)>L'(10)\"")
@@ -870,12 +817,9 @@ def make_parser(version="v4"):
     add("--classes", metavar="NAME,...", help="only these classes")
     add("--train-size", type=COUNT, metavar="N", help="train on N images")
     add("--test-size", type=COUNT, metavar="N", help="test on N images")
-    add("--test-share", type=number(float, 0.01, 0.9), default=0.2, metavar="X", help="the share of a folder "
-        "without test/ that is the test")
     add("--val-share", type=number(float, 0, 0.9), default=0.0, metavar="X", help="hold out this share of "
         "the training images and choose the best epoch on it; with 0 it is chosen on the test images")
-    add("--labels", type=COUNT, metavar="N", help="only N training images keep their labels; the loss terms "
-        "that need no labels use all images")
+    add("--labels", type=COUNT, metavar="N", help="only N training images keep their labels")
     add("--variant", choices=data.VARIANTS, default="complete", help="constrained: keep only the shares of "
         "--constrain; undersampled: then cut every class to the smallest; oversampled: then repeat images up "
         "to the largest; smote: then add synthetic images up to it")
@@ -885,16 +829,14 @@ def make_parser(version="v4"):
     add("--noise", type=number(float, 0, 10), default=0.0, metavar="STD", help="Gaussian noise on the "
         "network's input, on pixels of 0-1; the clean image is the reconstruction target")
     add("--clean-test", action=switch, help="no noise on the test images")
-    add("--rotate", type=number(float, 0, 180), default=0.0, metavar="DEGREES", help="rotate training images "
-        "by up to this, either way")
-    add("--shift", type=number(int, 0, 16), default=0, metavar="PIXELS", help="shift training images by up "
-        "to this, before --size scales them; borders are reflected")
+    add("--rotate", type=number(float, 0, 180), default=0.0, metavar="ANGLE", help="turn them by up to this")
+    add("--shift", type=number(int, 0, 16), default=0, metavar="PIXELS", help="move them by up to this")
     add("--flip", action=switch, help="left-right flips in training; never on mnist and svhn")
 
     formula = " + ".join(f"{flag} * {term.name}" for flag, term in losses.TERMS.items())
     add = parser.add_argument_group("loss", formula).add_argument
-    for flag in [flag for flag in losses.TERMS if flag not in ("alpha", "beta")]:
-        weight(flag)
+    for flag, options in weights.items():
+        add(f"--{flag}", **options)
     add("--jigsaw-grid", type=number(int, 2, 32), default=4, metavar="N", help="the jigsaw has N x N tiles")
     add("--label-smoothing", type=number(float, 0, 1), default=0.0, metavar="X", help="spread this share of "
         "the classifier's target evenly over all classes")
@@ -909,11 +851,13 @@ def make_parser(version="v4"):
         "onecycle: from a fifth of --lr up to it in 0.23 of the steps, then down to 0")
     add("--lr-step", type=COUNT, default=10, metavar="N", help="epochs between two reductions of the rate")
     add("--lr-decay", type=number(float, 0, 1, above=True), default=0.1, metavar="X", help="factor of each")
+
+    add = parser.add_argument_group("separate training").add_argument
     add("--separate", action=switch, help="the autoencoder first, then the classifier on its encoder")
-    add("--first-share", type=number(float, 0.01, 0.99), default=0.5, metavar="X", help="with --separate: "
-        "the autoencoder's share of the epochs")
-    add("--first-decay", type=WEIGHT, metavar="X", help="with --separate: the autoencoder's weight decay")
-    add("--freeze-encoder", action=switch, help="with --separate: the classifier is trained alone")
+    add("--first-share", type=number(float, 0.01, 0.99), default=0.5, metavar="X", help="of the epochs, the "
+        "autoencoder's")
+    add("--first-decay", type=WEIGHT, metavar="X", help="the autoencoder's weight decay")
+    add("--freeze-encoder", action=switch, help="the classifier is trained alone")
 
     add = parser.add_argument_group("run").add_argument
     add("--name", help="of the run's folder; by default the version and what differs from its recipe")
@@ -934,23 +878,22 @@ def defaults(version):
     """The settings of a version's recipe, a dict. NotationError names the nearest version."""
     if version not in RECIPES:
         models.find(version)
-    args, many = (vars(parser.parse_args([])) for parser in (make_parser(version), MANY))
-    return {key: value for key, value in args.items() if key not in many}
+    args, many = make_parser(version).parse_args([]), MANY.parse_args([])
+    return {key: value for key, value in vars(args).items() if key not in many}
 
 
 def parse(words, whole=True):
     """(args, the settings that were typed, a dict). args: every setting of a run, and what follows from them:
     weights (of the loss, by flag), trained (the parts of the network that are), preparation (how images are
-    brought to the network). UsageError."""
+    brought to the network). whole: all of a run's words, not a part of them. UsageError."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.error = evaluate.fail
     first.add_argument("--version")
     first.add_argument("--encoder")
     known = first.parse_known_args(words)[0]
     version = known.version or ("custom" if known.encoder else "v4")
-    usual, parser = defaults(version), make_parser(version)
-    untyped = object()  # in place of every setting; what is not typed keeps it
-    typed = vars(parser.parse_args(words, Namespace(**dict.fromkeys(usual, untyped))))
+    usual, untyped = defaults(version), object()  # what is not typed keeps that object
+    typed = vars(make_parser(version).parse_args(words, Namespace(**dict.fromkeys(usual, untyped))))
     typed = {key: value for key, value in typed.items() if key in usual and value is not untyped}
     args = Namespace(**usual | typed)
     if version == "custom" and not args.classifier and args.alpha:
@@ -964,11 +907,9 @@ def parse(words, whole=True):
     args.data_dir = str(Path(args.data_dir).resolve())
     args.flip = args.flip and args.dataset not in data.NEVER_FLIPPED
     args.weights = {flag: getattr(args, flag) for flag in losses.TERMS}
-    needed = losses.needed(args.weights)
-    args.trained = ["classifier"] * ("logits" in needed) + ["decoder"] * bool(
-        {"reconstruction", "jigsaw_reconstruction"} & needed)
+    args.trained = [part for part, trained in trained_parts(args.weights).items() if trained]
     args.preparation = {"size": args.size, "margin": args.margin, "scale": args.scale}
-    if whole:  # all of a run's settings, not a part of them
+    if whole:
         check(args, typed)
     return args, typed
 
@@ -1026,12 +967,9 @@ def main(argv):
 
 def start_process_group(name):
     """Joins the processes that torchrun has started. UsageError."""
-    local, device = int(os.environ["LOCAL_RANK"]), evaluate.pick_device(name)
+    device = evaluate.pick_device(name)
     if device.type == "cuda":
-        if local >= torch.cuda.device_count():
-            raise UsageError(f"torchrun: more processes than this machine's {torch.cuda.device_count()} "
-                             "GPUs; expected --nproc_per_node to be at most that")
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # A day: the others wait while the first process downloads a data set, or measures.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
     if dist.get_rank():

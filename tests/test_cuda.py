@@ -243,10 +243,10 @@ def test_a_recorded_step_gets_each_batch_and_gives_its_gradients(monkeypatch):
 
 
 def test_the_runs_of_a_sweep_are_spread_over_the_gpus(monkeypatch, tmp_path, capsys):
-    start = mock.Mock(return_value=mock.Mock(wait=lambda: 1))  # runs that fail
+    start = mock.Mock(return_value=1)  # runs that fail
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(train.subprocess, "Popen", start)
+    monkeypatch.setattr(train.subprocess, "call", start)
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: "stopped")
     assert train.main(["--version", "v3", "--seeds", "4", "--output", str(tmp_path)]) == 1
     assert capsys.readouterr().out.startswith("4 of 4 runs to train, 2 at once")
@@ -257,9 +257,9 @@ def test_the_runs_of_a_sweep_are_spread_over_the_gpus(monkeypatch, tmp_path, cap
 # ---------------------------------------------------------------- a real GPU
 
 def trained(tiny, output, *flags):
-    """The Result of two epochs on sixty images."""
+    """(model, log's rows) of two epochs on sixty images."""
     words = ["--dataset", tiny, "--epochs", "2", "--batch-size", "16", "--output", str(output), *flags]
-    return train.execute(*train.parse(words), words)
+    return train.execute(*train.parse(words), words)[:2]
 
 
 @needs_gpu
@@ -270,20 +270,20 @@ def test_the_same_bits_twice_and_without_a_graph(flags, tiny, tmp_path, monkeypa
     replays, replay = [], torch.cuda.CUDAGraph.replay
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: [replays.append(graph), replay(graph)])
     words = ["--device", "cuda", "--version", *flags.split()]
-    one, other = trained(tiny, tmp_path, *words), trained(tiny, tmp_path, *words)
+    (model, rows), other = trained(tiny, tmp_path, *words), trained(tiny, tmp_path, *words)
     assert replays
     monkeypatch.setattr(train, "Recorded", lambda work, parameters: work)
     plain = trained(tiny, tmp_path, *words)
-    for name, weight in one.model.state_dict().items():
-        for result in (other, plain):
-            assert torch.equal(weight, result.model.state_dict()[name]), name
-    assert one.rows[-1]["train_loss"] == other.rows[-1]["train_loss"] == plain.rows[-1]["train_loss"]
+    for again, log in (other, plain):
+        for name, weight in model.state_dict().items():
+            assert torch.equal(weight, again.state_dict()[name]), name
+        assert log[-1]["train_loss"] == rows[-1]["train_loss"]
 
 
 @needs_gpu
 def test_a_gpu_agrees_with_the_cpu(tiny, tmp_path):
     words = ["--precision", "fp32", "--version", "v3", "--delta", "0.5", "--device"]
-    gpu, cpu = (trained(tiny, tmp_path, *words, device).rows[-1] for device in ("cuda", "cpu"))
+    gpu, cpu = (trained(tiny, tmp_path, *words, device)[1][-1] for device in ("cuda", "cpu"))
     for key in ("train_loss", "test_mse"):
         assert gpu[key] == pytest.approx(cpu[key], rel=1e-3)
 
