@@ -7,9 +7,8 @@
     python train.py --version vae -h                    # every setting, with the defaults of that version
 
 From Python, train.run(version="v2", epochs=3) does what the command does. This file has, from top to bottom:
-one epoch, one run, many runs, recipes and sweeps, the command line; at the end the optimizer Muon and CUDA
-graphs. One run fills one folder: config.json, log.csv, metrics.json, pictures, best.pt and last.pt. Under
-torchrun several processes train one model together.
+one epoch, one run, many runs, recipes and sweeps, the command line; Muon and CUDA graphs. One run fills one
+folder: config.json, log.csv, metrics.json, pictures, best.pt and last.pt. torchrun trains one on several GPUs.
 """
 import argparse
 import datetime
@@ -261,8 +260,8 @@ def measure_epoch(model, dataset, args, epoch, means):
     columns = {"train": (means, ["loss", *terms, "accuracy"]),
                "test": (tested, ["loss", *(name for name in terms if name != "l2"), "accuracy", *errors]),
                "val": (held_out, ["accuracy", "mse"])}
-    row = {"epoch": epoch + 1, "lr": None}
-    row |= {f"{part}_{key}": found.get(key) for part, (found, keys) in columns.items() for key in keys}
+    row = {"epoch": epoch + 1, "lr": None} | {
+        f"{part}_{key}": found.get(key) for part, (found, keys) in columns.items() for key in keys}
     bad = [key for key, value in row.items() if value is not None and not math.isfinite(value)]
     bad += [name for name, weight in model.state_dict().items() if not weight.isfinite().all()]
     if bad:
@@ -916,17 +915,14 @@ def parse(words, whole=True):
 
 def check(args, typed):
     """UsageError where settings contradict each other, or where one that was typed has no effect."""
-    version, classified = models.VERSIONS.get(args.version), "classifier" in args.trained
+    classified, version = "classifier" in args.trained, models.VERSIONS.get(args.version)
     for wrong, message in (
-            (args.version == "custom" and not args.encoder, "--version custom: expected --encoder beside it"),
             (not args.trained, "nothing to train on: alpha, beta and delta are all 0; expected one above 0"),
             (args.separate and len(args.trained) < 2, "--separate: trains a decoder and then a classifier; "
              "expected alpha and beta (or delta) above 0, and a decoder"),
             (args.separate and args.epochs < 2, f"--epochs {args.epochs}: --separate needs at least 2"),
             (args.labels and args.variant in ("oversampled", "smote"), f"--labels {args.labels}: expected a "
              f"--variant that copies no image, not {args.variant}"),
-            ("pretrained" in typed and not (version and version.pretrained),
-             f"--pretrained, --no-pretrained: {args.version} has no pretrained weights"),
             (args.dataset in data.NEVER_FLIPPED and typed.get("flip"),
              f"--flip: a mirrored digit is not a digit; leave it out for {args.dataset}")):
         if wrong:
@@ -934,6 +930,7 @@ def check(args, typed):
     for flags, has, needs in (
             (("classifier", "skip", "labels", "label_smoothing", "class_weights"), classified, "--alpha 1"),
             (("freeze_encoder", "first_share", "first_decay"), args.separate, "--separate"),
+            (("pretrained",), version and version.pretrained, "a version that has pretrained weights"),
             (("jigsaw_grid",), args.delta, "--delta above 0"),
             (("constrain",), args.variant != "complete", "--variant other than complete"),
             (("lr_step", "lr_decay"), args.schedule == "step", "--schedule step"),

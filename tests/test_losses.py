@@ -124,8 +124,7 @@ def test_a_row_of_the_table_is_a_whole_term(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "defaults", train.defaults.__wrapped__)  # without its cache
     figures = {}
     monkeypatch.setattr(evaluate, "save_figure", lambda figure, path: figures.update({path.name: figure}))
-    folder = train.run(version="v3", dataset=tiny, mu=0.5, beta=0.25, epochs=1, device="cpu",
-                       output=str(tmp_path)).folder
+    _, _, folder = train.run(version="v3", dataset=tiny, mu=0.5, beta=0.25, epochs=1, output=tmp_path)
     with open(folder / "log.csv", newline="") as file:
         row, = csv.DictReader(file)
     for part in ("train", "test"):

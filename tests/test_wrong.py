@@ -37,7 +37,7 @@ def place(trained, tmp_path_factory):
 
 TRAIN = [  # flags ({} is the folder of wrong things), a part of the answer
     ("--version v44", "no version 'v44'; did you mean 'v4'"),
-    ("--version custom", "--version custom: expected --encoder"),
+    ("--version custom --dataset {}/tiny.npz", "expected one of C(n)"),
     ("--encoder C(32)>Q(8) --dataset {}/tiny.npz", "token 2 'Q(8)'"),
     ("--encoder C(4)>C(4)>C(4)>C(4)>C(4)>C(4) --dataset {}/tiny.npz", "cannot pool a map of 1x1"),
     ("--encoder T(8) --dataset {}/tiny.npz", "has no mirror"),
@@ -47,7 +47,7 @@ TRAIN = [  # flags ({} is the folder of wrong things), a part of the answer
     ("--version cnn --skip", "--skip: has no effect without --alpha"),
     ("--version vgg --no-pretrained --dataset {}/grey.npz", "3 channels"),
     ("--version mnist --dataset {}/tiny.npz", "3x32x32"),
-    ("--no-pretrained", "v4 has no pretrained weights"),
+    ("--no-pretrained", "--no-pretrained: has no effect without a version that has pretrained weights"),
     ("--version cnn --alpha 1 --dataset {}/tiny.npz", "--alpha 1: cnn has no classifier"),
     ("--version cnn6 --beta 1 --dataset {}/tiny.npz", "--beta 1: cnn6 has no decoder"),
     ("--version v4 --kl 1 --dataset {}/tiny.npz", "--kl 1: v4 has no variational code"),
