@@ -155,13 +155,13 @@ def per_class(confusion, classes):
     """{name: {"recall", "precision", "f1", "images"}} of the classes, the first three in percent, None where
     there is nothing to divide by. confusion: counts [true class][predicted class], nested lists. The recall
     is what is often called the class's accuracy."""
-    def percent(part, whole):
-        return 100 * part / whole if whole else None
     result = {}
     for i, name in enumerate(classes):
         right, images, predicted = confusion[i][i], sum(confusion[i]), sum(row[i] for row in confusion)
-        result[name] = {"recall": percent(right, images), "precision": percent(right, predicted),
-                        "f1": percent(2 * right, images + predicted), "images": images}
+        shares = {"recall": (right, images), "precision": (right, predicted),
+                  "f1": (2 * right, images + predicted)}
+        result[name] = {key: 100 * part / whole if whole else None for key, (part, whole) in shares.items()}
+        result[name]["images"] = images
     return result
 
 

@@ -8,7 +8,7 @@
 
 From Python, train.run(version="v2", epochs=3) does what the command does. This file has, from top to bottom:
 one epoch, one run, many runs, recipes and sweeps, the command line; Muon and CUDA graphs. One run fills one
-folder: config.json, log.csv, metrics.json, pictures, best.pt and last.pt. torchrun trains one on several GPUs.
+folder: config.json, log.csv, metrics.json, pictures, best.pt, last.pt. torchrun trains one on several GPUs.
 """
 import argparse
 import datetime
