@@ -652,7 +652,7 @@ def _call(layer):
 
 def main(argv=None):
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("network", nargs="?", help="a version, an encoder in the notation, or \"encoder | classifier\"")
+    cli.add_argument("network", nargs="?", help="a version, or in the notation encoder or \"encoder | classifier\"")
     cli.add_argument("--code", action="store_true", help="print it as a plain PyTorch class")
     args = cli.parse_args(argv)
     try:

@@ -344,7 +344,7 @@ def start_from(model, args):
     (source, content), taken = models.load(args.init), []
     trained = content["settings"]["trained"] if "settings" in content else ["decoder", "classifier"]
     parts, others = dict(model.named_children()), dict(source.named_children())
-    for name in {"encoder", *trained} & set(parts) & set(others):
+    for name in [name for name in ("encoder", *trained) if name in parts and name in others]:
         ours, theirs = ([(key, value.shape) for key, value in each[name].state_dict().items()]
                         for each in (parts, others))
         if ours == theirs and model.version.encoder == source.version.encoder:
