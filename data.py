@@ -7,10 +7,8 @@
     # A tenth held out in dataset.val; half of the birds replaced by synthetic ones:
     dataset = load("cifar10", val_share=0.1, variant="smote", constrain={"bird": 0.5}).to("cuda")
 
-`python data.py --dataset NAME` prints a set's classes and counts and saves a sheet of samples. This
-file needs torch, torchvision (with Pillow) and numpy, and matplotlib for the sheet.
+This file needs torch, torchvision (with Pillow) and numpy.
 """
-import argparse
 import contextlib
 import functools
 import hashlib
@@ -778,63 +776,3 @@ def batches(split, batch_size, epoch_seed=None, flip=False, size=None, margin=Fa
             images = rotate(images.float(), angles[share])
         images = _crop(images, size, margin, None if offsets is None else offsets[share])
         yield _affine(images, shift, factor), split.labels.index_select(0, rows)
-
-
-# ---------------------------------------------------------------- python data.py
-
-def drawable(text, instead):
-    """A text for a picture, or another one where matplotlib's font lacks one of its letters."""
-    from matplotlib import font_manager
-    font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
-    return text if all(font.get_char_index(ord(letter)) for letter in text) else instead
-
-
-def save_samples(dataset, path):
-    """Saves a sheet of up to ten images of each of the first 20 classes."""
-    from matplotlib.figure import Figure
-    from torchvision.utils import make_grid
-    split, kind = (dataset.train, "training") if len(dataset.train.labels) else (dataset.test, "test")
-    names, images = [drawable(name, str(label)) for label, name in enumerate(dataset.classes)][:20], []
-    for label in range(len(names)):
-        in_class = split.images[split.labels == label][:10]
-        images += [*in_class, *[torch.full_like(split.images[0], 255)] * (10 - len(in_class))]
-    grid = make_grid(images, nrow=10, padding=2, pad_value=255)
-    figure = Figure(figsize=(8, 0.4 + 7 * grid.shape[1] / grid.shape[2]))
-    axis = figure.subplots()
-    axis.imshow(grid.permute(1, 2, 0).numpy())
-    title = f"up to ten {kind} images of each of {len(names)} of {len(dataset.classes)} classes"
-    axis.set_title(f"{drawable(dataset.name, 'set')}: {title}", parse_math=False)  # a name may have two $
-    places = [(images[0].shape[1] + 2) * (row + 0.5) for row in range(len(names))]
-    axis.set(xticks=[])
-    axis.set_yticks(places, names, parse_math=False)
-    axis.spines[:].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-
-
-def main(argv):
-    parser = argparse.ArgumentParser(description="Prints a data set's counts and saves a sheet of samples.")
-    parser.add_argument("--dataset", help=f"{' '.join(NAMES)} shapes, a folder or an .npz; default: cifar10")
-    parser.add_argument("--data-dir", default="data", help="where named sets lie")
-    parser.add_argument("--size", type=int, help="scale and crop a folder's pictures of unequal sizes")
-    parser.add_argument("--test-share", type=float, default=0.2, help="of a folder without test/")
-    parser.add_argument("--output", default="outputs", help="where the sheet goes")
-    args = parser.parse_args(argv)
-    sys.stdout.reconfigure(errors="replace")  # class names in letters that the console lacks
-    try:
-        dataset = load(args.dataset, args.data_dir, size=args.size, test_share=args.test_share)
-        path = Path(args.output, f"{dataset.name}_samples.png")
-        shape = "x".join(map(str, dataset.test.images.shape[1:]))
-        print(f"{dataset.name}: {dataset.source}, {len(dataset.classes)} classes, images {shape}")
-        print(f"{'class':<24}{'train':>8}{'test':>8}")
-        columns = [counts(split, len(dataset.classes)) for split in (dataset.train, dataset.test)]
-        for name, train, test in (*zip(dataset.classes, *columns), ("total", *map(sum, columns))):
-            print(f"{name:<24}{train:>8,}{test:>8,}")
-        save_samples(dataset, path)
-    except (DataError, OSError) as error:
-        parser.exit(2, f"data.py: error: {error}\n")
-    print(f"saved {path}")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
