@@ -86,8 +86,6 @@ def load(dataset=None, data_dir="data", *, size=None, classes=None, train_size=N
     `hold_out` val_share, `vary` by variant and constrain, `take` labels of the training images as .labelled,
     `blurred` by blur. Raises DataError, which names the argument.
     """
-    if size is not None and size < 1:
-        raise DataError(f"size {size}: expected at least 1")
     dataset = _read(dataset, Path(data_dir), size, test_share)
     dataset.files = dataset.files or list(range(len(dataset.test.labels)))
     images = (dataset.train.images, dataset.test.images)
@@ -96,10 +94,6 @@ def load(dataset=None, data_dir="data", *, size=None, classes=None, train_size=N
                         "that use their range: multiply them, 0 and 1 of 8 bits by 255, 12 bits of 16 by 16")
     if classes:
         dataset = choose(dataset, classes.split(",") if isinstance(classes, str) else classes)
-    lost = set(dataset.test.labels.tolist()) - set(dataset.train.labels.tolist())
-    if lost and test_share != 1:
-        raise DataError(f"test_share {test_share:g}: class {dataset.classes[min(lost)]!r} has test images "
-                        "alone; expected more pictures, another share, or folders train/ and test/")
     if train_size is not None:
         dataset.train = take(dataset.train, train_size, seed, "train_size")
     if test_size is not None:
@@ -237,35 +231,42 @@ def _read_folder(folder, size, test_share):
     listed = []
     for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith(HIDDEN))
-        above = "" if Path(place) == folder else Path(place).relative_to(folder).as_posix() + "/"
-        listed += [above + name for name in sorted(names) if not name.startswith(HIDDEN)]
+        above = Path(place).relative_to(folder).parts
+        listed += ["/".join((*above, name)) for name in sorted(names) if not name.startswith(HIDDEN)]
     pictures = [file for file in listed if os.path.splitext(file)[1].lower() in ENDINGS]
-    parts, rows = _parts(folder, pictures), []  # rows: (part, class, file)
+    tops = {file.split("/")[0] for file in pictures if "/" in file}
+    parts = {top: top.lower() for top in tops if top.lower() in ("train", "test", "val")}
+    if "train" not in parts.values():
+        parts = {}  # each folder is a class
+    elif len(parts) < len(tops):
+        raise DataError(f"{folder}: has pictures in train/ and in {min(tops - set(parts))}/; expected "
+                        f"{LAYOUTS}; rename the parts to train, test and val, or remove the other folder")
+    deepest = max(pictures, key=lambda file: file.count("/"), default="")
+    depth, rows = deepest.count("/"), []  # rows: (part, class, file)
+    if depth > 1 + bool(parts):
+        raise DataError(f"{(folder / deepest).parent}: has pictures deeper than {LAYOUTS}; rename the parts "
+                        "to train and test, or load the folder that holds them")
     for file in pictures:
-        above = file.split("/")[:-1]
-        if parts:
-            part = parts.get(above.pop(0) if above else None)
-        else:
-            part = "test" if zlib.crc32(os.fsencode(file)) < test_share * 2**32 else "train"
-        if part:
-            rows.append((part, above[0] if above else None, file))
-    if not any(name for _, name, _ in rows):
-        rows = [(part, folder.absolute().name, file) for part, _, file in rows]
-    rows = [row for row in rows if row[1]]
+        *above, _ = file.split("/")
+        if len(above) == depth:
+            share = zlib.crc32(os.fsencode(file)) / 2**32
+            part = parts[above.pop(0)] if parts else "test" if share < test_share else "train"
+            rows.append((part, above[0] if above else folder.absolute().name, file))
     left = set(listed) - {file for _, _, file in rows}
     if left:
         kinds = sorted({os.path.splitext(file)[1].lower() or "none" for file in left})
         print(f"{folder}: {len(left):,} files left out (endings: {' '.join(kinds)}); pictures are read from "
               f"{LAYOUTS}", file=sys.stderr)
-    for part in ("test", *parts.values()):
-        if not any(row[0] == part for row in rows):
-            raise DataError(f"{folder}: has no {part} pictures; expected them in {LAYOUTS}; without test/, "
-                            f"more pictures or a test_share above {test_share:g}")
-    classes = sorted({name for part, name, _ in rows if part == "train" or not parts})
+    if "test" not in {part for part, _, _ in rows}:
+        raise DataError(f"{folder}: has no test pictures; expected {LAYOUTS}; rename val to test, or, "
+                        f"without train/, add pictures or raise the test_share of {test_share:g}")
+    classes = sorted({name for part, name, _ in rows if part == "train" or test_share == 1})
     number = {name: label for label, name in enumerate(classes)}
     for _, name, file in rows:
         if name not in number:
-            raise DataError(f"{folder / file}: of no training class; expected one of {','.join(classes)}")
+            raise DataError(f"{folder / file}: class {name!r} has no training pictures; expected a class of "
+                            f"{','.join(classes)}, or, without train/, more pictures or another test_share "
+                            f"than {test_share:g}")
     images, splits = _read_pictures(folder, [file for _, _, file in rows], size), {}
     for part in {"train", *(row[0] for row in rows)}:
         chosen = [i for i, row in enumerate(rows) if row[0] == part]
@@ -275,47 +276,22 @@ def _read_folder(folder, size, test_share):
                    files=[file for part, _, file in rows if part == "test"])
 
 
-def _parts(folder, pictures):
-    """{folder: the part that it is, "train", "test" or "val"}, or {} where there are classes alone."""
-    inner = {}  # {folder: the folders in it that have pictures, "" for pictures in itself}
-    for top, *rest in (picture.split("/") for picture in pictures):
-        if rest:
-            inner.setdefault(top, set()).add(rest[0] if rest[1:] else "")
-    roles = {top: part for top in inner for part in ("train", "test", "val") if top.lower().startswith(part)}
-    # Beside others it is a part only if it has folders: a class may be called "trains".
-    parts = {top: part for top, part in roles.items() if inner[top] != {""} or len(roles) == len(inner)}
-    if sorted(parts.values()) == ["train", "val"]:
-        print(f"{folder}: the pictures of val are the test images, as it has no others", file=sys.stderr)
-        return {top: part.replace("val", "test") for top, part in parts.items()}
-    if sorted(parts.values()) in (["test", "train"], ["test", "train", "val"]):
-        return parts
-    contents = next(iter(inner.values()), set())
-    alike = len(contents) > 1 and "" not in contents and all(each == contents for each in inner.values())
-    if alike or len(parts) > 1 or any(inner[top] != {""} for top in parts):
-        tops = sorted(inner if alike else parts)
-        raise DataError(f"{folder}: has the parts {' '.join(tops[:9])}, which cannot be told apart; expected "
-                        f"{LAYOUTS}; the data set {folder / tops[0]} is that part alone")
-    return {}
-
-
 def _read_pictures(folder, files, size):
-    """The pictures of a folder, (N, H, W, C) uint8: decoded or, if no file's name, size or time has changed
-    since, as they were kept in it."""
-    stamp, cache, new = hashlib.sha256(), folder / ".cache.npz", folder / f".cache.{os.getpid()}.npz"
+    """The pictures of a folder, (N, H, W, C) uint8: decoded or, if they were decoded to this size and no
+    file's name, size or time has changed since, as they were kept in it."""
+    stamp = hashlib.sha256(f"{size}\0".encode())
+    cache, new = folder / ".cache.npz", folder / f".cache.{os.getpid()}.npz"
     for file in files:
         status = os.stat(f"{folder}/{file}")
         stamp.update(os.fsencode(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0"))
     with contextlib.suppress(Exception), np.load(cache) as kept:  # not there or damaged: whatever NumPy meets
         if kept["stamp"] == stamp.hexdigest():
-            fitted, images = kept["fitted"], kept["images"]
-            if fitted == size or not fitted and (size is None or math.prod(images.shape[1:3]) <= size * size):
-                return images
+            return kept["images"]
     images = _decode([f"{folder}/{file}" for file in files], size)
-    fitted = size if images.shape[1:3] == (size, size) else 0  # 0: as they are
     if len(files) >= CACHE_FROM:
         with contextlib.suppress(OSError):  # no right or no room to write
             try:
-                np.savez(new, stamp=stamp.hexdigest(), fitted=fitted, images=images)
+                np.savez(new, stamp=stamp.hexdigest(), images=images)
                 os.replace(new, cache)
             finally:
                 new.unlink(missing_ok=True)
