@@ -637,19 +637,13 @@ def _affine(images, shift, factor):
     return torch.addcmul(shift, rows, factor).view(b, h, w, c).permute(0, 3, 1, 2)
 
 
-def _crop(images, size, margin, offsets=None):
-    """Images brought to size x size, as `normalise` says. offsets: (B, 2), from 0 (top, left) to 1, where
-    each image's crop lies; the centre where None."""
-    if size is None or not margin and tuple(images.shape[2:]) == (size, size):
-        return images
-    from torchvision.transforms.v2 import functional as TF
-    images = TF.resize(images, [size * 8 // 7 if margin else size], antialias=True)
-    if offsets is None:
-        return TF.center_crop(images, [size, size])
-    span, image = (torch.arange(count, device=images.device) for count in (size, len(images)))
-    top, left = ((offsets[:, axis] * (images.shape[2 + axis] - size + 1)).long() for axis in (0, 1))
-    rows, columns = (top[:, None] + span)[:, :, None], (left[:, None] + span)[:, None, :]
-    return images.permute(0, 2, 3, 1)[image[:, None, None], rows, columns].permute(0, 3, 1, 2)
+def _gather(images, rows, columns):
+    """The pixels of images (B, C, H, W) in rows (B, h) and columns (B, w): (B, C, h, w)."""
+    b, c, h, w = images.shape
+    image = torch.arange(b, device=images.device)[:, None, None]
+    index = (image * h + rows[:, :, None]) * w + columns[:, None, :]  # (B, h, w)
+    pixels = images.permute(0, 2, 3, 1).reshape(-1, c).index_select(0, index.flatten())
+    return pixels.view(*index.shape, c).permute(0, 3, 1, 2)
 
 
 def normalise(images, size=None, margin=False, scale="imagenet"):
@@ -658,9 +652,8 @@ def normalise(images, size=None, margin=False, scale="imagenet"):
     size: bring them to size x size first: shorter side scaled (bilinear), then cropped in the centre. margin:
     scale to 8/7 of size before the crop, as ImageNet's 256 and 224. scale: a name of SCALES.
     """
-    images = _crop(images, size, margin)
-    mean, std = _mean_std(images.shape[1], math.prod(images.shape[2:]), images.device, scale)
-    return _affine(images, -mean / std, 1 / (255 * std))
+    split = Split(images, torch.zeros(len(images), device=images.device))
+    return next(batches(split, len(images), size=size, margin=margin, scale=scale))[0]
 
 
 def to_pixels(normalised, scale="imagenet"):
@@ -672,11 +665,12 @@ def to_pixels(normalised, scale="imagenet"):
 def add_noise(images, std, generator, scale="imagenet"):
     """Normalised images (B, C, H, W) with Gaussian noise, std in pixels of 0-1. generator: a torch.Generator
     of their device."""
+    if not std:
+        return images
     b, c, h, w = images.shape
     noise = torch.randn(b, h * w * c, generator=generator, device=images.device)
     _, scale_std = _mean_std(c, h * w, images.device, scale)
-    noise *= std / scale_std
-    return images + noise.view(b, h, w, c).permute(0, 3, 1, 2)
+    return images + noise.mul_(std / scale_std).view(b, h, w, c).permute(0, 3, 1, 2)
 
 
 def rotate(images, angles):
@@ -692,16 +686,10 @@ def rotate(images, angles):
 def move(images, moves):
     """Images (B, C, H, W), each moved by its moves (B, 2) int64, pixels down and right, less than its sides;
     the border is reflected."""
-    b, c, h, w = images.shape
-
     def sources(side, moves):  # (B, side): the pixel that comes to each place
         places = (torch.arange(side, device=images.device) - moves[:, None]).abs()
         return side - 1 - (side - 1 - places).abs()
-    rows, columns = sources(h, moves[:, 0]), sources(w, moves[:, 1])
-    image = torch.arange(b, device=images.device)[:, None, None]
-    index = (image * h + rows[:, :, None]) * w + columns[:, None, :]  # (B, H, W)
-    pixels = images.permute(0, 2, 3, 1).reshape(-1, c).index_select(0, index.flatten())
-    return pixels.view(b, h, w, c).permute(0, 3, 1, 2)
+    return _gather(images, *map(sources, images.shape[2:], moves.unbind(1)))
 
 
 def bounds(n, batch_size):
@@ -722,13 +710,13 @@ def batches(split, batch_size, epoch_seed=None, flip=False, size=None, margin=Fa
     pixels, borders reflected. degrees: rotate each by up to so many, either way. size: scale to this side.
     margin: crop each anywhere, with epoch_seed None in the centre. All are drawn from the same seed. part:
     (rank, processes): that process's share of every batch; all are equal, what is left over is left out.
-    rounds: passes over the split, each in another order. Raises DataError.
+    rounds: passes over a shuffled split, each in another order. Raises DataError.
     """
     n, device, (rank, processes) = rounds * len(split.labels), split.images.device, part
     if shifts >= min(split.images.shape[2:]):
         raise DataError(f"shifts by {shifts} pixels: expected less than the images' sides")
-    generator = torch.Generator().manual_seed(0 if epoch_seed is None else epoch_seed)
-    order = torch.arange(n) % len(split.labels) if epoch_seed is None else torch.cat(
+    generator = torch.Generator().manual_seed(epoch_seed or 0)
+    order = torch.arange(n) if epoch_seed is None else torch.cat(
         [torch.randperm(len(split.labels), generator=generator) for _ in range(rounds)])
     flipped = (torch.rand(n, generator=generator) < 0.5).to(device)
     offsets = torch.rand(n, 2, generator=generator).to(device) if margin and epoch_seed is not None else None
@@ -741,8 +729,7 @@ def batches(split, batch_size, epoch_seed=None, flip=False, size=None, margin=Fa
     shift, factor = -mean / std, 1 / (255 * std)
     for start, stop in bounds(n, batch_size):
         share = slice(start + rank, stop - (stop - start) % processes, processes)
-        rows = order[share]
-        images = pixels.index_select(0, rows).permute(0, 3, 1, 2)
+        images = pixels.index_select(0, order[share]).permute(0, 3, 1, 2)
         if flip:
             turned = flipped[share, None, None, None]
             images = images.flip(3) * turned + images * ~turned  # torch.where takes twice the time
@@ -750,5 +737,14 @@ def batches(split, batch_size, epoch_seed=None, flip=False, size=None, margin=Fa
             images = move(images, moves[share])
         if degrees:
             images = rotate(images.float(), angles[share])
-        images = _crop(images, size, margin, None if offsets is None else offsets[share])
-        yield _affine(images, shift, factor), split.labels.index_select(0, rows)
+        if size:
+            from torchvision.transforms.v2 import functional as TF
+            images = TF.resize(images, [size * 8 // 7 if margin else size], antialias=True)
+            if offsets is None:
+                images = TF.center_crop(images, [size, size])
+            else:
+                span = torch.arange(size, device=device)
+                rows, columns = ((offset[share, None] * (side - size + 1)).long() + span
+                                 for offset, side in zip(offsets.unbind(1), images.shape[2:]))
+                images = _gather(images, rows, columns)
+        yield _affine(images, shift, factor), split.labels.index_select(0, order[share])
