@@ -382,26 +382,16 @@ def _triangle(x, y, size):  # its tip upwards (y negative)
     return torch.maximum(y - size / 2, 0.866 * x.abs() - 0.5 * y - size / 2)
 
 
-def _star(x, y):  # five points; its edge over the angle to the nearest one
-    turn = 2 * math.pi / 5
-    angle = (torch.remainder(torch.atan2(y, x), turn) - turn / 2).abs()
-    return torch.hypot(x, y) - (0.45 + 0.55 * (angle / (turn / 2)) ** 2)
-
-
-def _heart(x, y):
-    u, v = x * 1.1, -y * 1.1 + 0.15
-    return torch.hypot(u, v - 0.75 * u.abs().sqrt()) - 0.8
-
-
 OUTSIDE = {
     "circle": lambda x, y: torch.hypot(x, y) - 0.8,
     "ring": lambda x, y: (torch.hypot(x, y) - 0.7).abs() - 0.2,
     "square": lambda x, y: _box(x, y, 0.7, 0.7),
     "triangle": lambda x, y: _triangle(x, y, 1.0),
-    "star": _star,
+    "star": lambda x, y: torch.hypot(x, y) - (  # five points; its edge over the angle to the nearest one
+        0.45 + 0.55 * ((torch.atan2(y, x).remainder(2 * math.pi / 5) - math.pi / 5) / (math.pi / 5)) ** 2),
     "cross": lambda x, y: torch.minimum(_box(x, y, 0.95, 0.28), _box(x, y, 0.28, 0.95)),
     "crescent": lambda x, y: torch.maximum(torch.hypot(x, y) - 0.9, 0.72 - torch.hypot(x - 0.42, y)),
-    "heart": _heart,
+    "heart": lambda x, y: torch.hypot(x * 1.1, 0.15 - y * 1.1 - 0.75 * (x * 1.1).abs().sqrt()) - 0.8,
     "arrow": lambda x, y: torch.minimum(_triangle(x * 1.2, (y + 0.35) * 1.2, 0.9),
                                         _box(x, y - 0.4, 0.2, 0.6)),
     "bars": lambda x, y: _box(x.abs() - 0.5, y, 0.25, 0.9),  # two, upright
@@ -443,8 +433,7 @@ def shapes(train=10_000, test=2_000, side=32, seed=7):
     for label, outside in enumerate(OUTSIDE.values()):
         rows = labels == label  # the edge is one pixel wide: distances are in units of the shape's size
         cover[rows] = (0.5 - outside(x[rows], y[rows]) * size[rows] * side / 2).clamp(0, 1)[:, None]
-    images = below + (above - below) * cover
-    images += 0.02 * torch.randn(images.shape, generator=g)
+    images = below + (above - below) * cover + 0.02 * torch.randn(n, 3, side, side, generator=g)
     images = (images.clamp(0, 1) * 255).round().to(torch.uint8)
     return Dataset("shapes", DRAWN, list(SHAPES), *map(_split, images.split([train, test]),
                                                        labels.split([train, test])))

@@ -692,6 +692,7 @@ def test_scales_and_noise_in_pixels_of_0_to_1(scale, low, high):
     assert abs((noisy - result).mean().item()) < 0.002
     assert torch.equal(noisy, data.add_noise(result, 0.1, torch.Generator().manual_seed(0), scale))
     assert data.add_noise(result, 0.0, None, scale) is result
+    assert data.add_noise(result, 0.0, None, scale) is result
 
 
 def test_rotation_is_torchvisions_about_the_centre():
