@@ -4,21 +4,19 @@
     for images, labels in batches(dataset.train, 32, epoch_seed=0, flip=True):
         ...                                   # images (B, C, H, W) float32, normalised
 
-    # A tenth held out in dataset.val; half of the birds replaced by synthetic ones:
-    dataset = load("cifar10", val_share=0.1, variant="smote", constrain={"bird": 0.5}).to("cuda")
-
 This file needs torch, torchvision (with Pillow) and numpy.
 """
 import contextlib
 import functools
 import hashlib
+import itertools
 import math
 import multiprocessing
 import os
 import socket
 import sys
 import zlib
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 
 
 class DataError(ValueError):
@@ -83,10 +82,21 @@ def load(dataset=None, data_dir="data", *, size=None, classes=None, train_size=N
     share (1: all are, none is for training): neither the seed nor another file can move it.
 
     Then, in this order, all draws with the seed: `choose` classes, `take` train_size and test_size images,
-    `hold_out` val_share, `vary` by variant and constrain, `take` labels of the training images as .labelled,
-    `blurred` by blur. Raises DataError, which names the argument.
+    hold out val_share of the training images, `vary` them by variant and constrain, `take` the labels of some
+    as .labelled, `blurred` by blur. Raises DataError, which names the argument.
     """
-    dataset = _read(dataset, Path(data_dir), size, test_share)
+    name = "cifar10" if dataset is None else str(dataset)
+    if name in NAMES:
+        dataset = _read_named(name, Path(data_dir), size, test_share, dataset is None)
+    elif name == "shapes":
+        dataset = shapes()
+    elif os.path.isdir(name):
+        dataset = _read_folder(Path(name), size, test_share)
+    elif name.endswith(".npz"):
+        dataset = _read_npz(Path(name))
+    else:
+        raise DataError(f"no data set {name!r}; expected one of {' '.join(NAMES)} shapes, a folder of "
+                        f"pictures ({LAYOUTS}), or an .npz file")
     dataset.files = dataset.files or list(range(len(dataset.test.labels)))
     images = (dataset.train.images, dataset.test.images)
     if not any((block > 25).any() for each in images for block in each.split(1000)):
@@ -97,19 +107,18 @@ def load(dataset=None, data_dir="data", *, size=None, classes=None, train_size=N
     if train_size is not None:
         dataset.train = take(dataset.train, train_size, seed, "train_size")
     if test_size is not None:
-        index = Split(torch.arange(len(dataset.test.labels)), dataset.test.labels)
-        rows = take(index, test_size, seed, "test_size").images
-        dataset.test = _pick(dataset.test, rows)
-        dataset.files = [dataset.files[row] for row in rows]
+        rows = _drawn(dataset.test, test_size, seed, "test_size")
+        dataset.test, dataset.files = _pick(dataset.test, rows), list(itertools.compress(dataset.files, rows))
     if val_share:
         if dataset.val is not None:
             raise DataError(f"val_share {val_share:g}: {dataset.source} has a val/ of its own; leave one out")
-        dataset.train, dataset.val = hold_out(dataset.train, val_share, seed)
-        lost = set(dataset.val.labels.tolist()) - set(dataset.train.labels.tolist())
-        if lost:
-            raise DataError(f"val_share {val_share:g}: leaves no training image of class "
-                            f"{dataset.classes[min(lost)]!r}; expected two or more, or classes without it")
-    dataset.train, dataset.synthetic = vary(dataset.train, dataset.classes, variant, constrain, seed)
+        train, count = dataset.train, round(val_share * len(dataset.train.labels))
+        held = _drawn(train, count, seed, f"val_share {val_share:g}: count")
+        dataset.train, dataset.val = _pick(train, ~held), _pick(train, held)
+        if len(dataset.train.labels.unique()) < len(train.labels.unique()):
+            raise DataError(f"val_share {val_share:g}: leaves a class without training images; expected less")
+    if variant != "complete" or constrain:
+        dataset.train, dataset.synthetic = vary(dataset.train, dataset.classes, variant, constrain, seed)
     if labels is not None:
         dataset.labelled = take(dataset.train, labels, seed, "labels")
     return dataset.map(lambda split: Split(blurred(split.images, blur), split.labels)) if blur else dataset
@@ -119,40 +128,14 @@ def digest(dataset):
     """A hash of a Dataset's images and labels, 16 hexadecimal digits; of `shapes`, whose last bits depend on
     the processor, of the labels alone."""
     result = hashlib.sha256()
-    for split in (dataset.train, dataset.test, dataset.val, dataset.labelled):
-        if split is not None:
-            result.update(split.labels.cpu().numpy())
-            if dataset.source != DRAWN:  # channels last, as they lie in memory: no copy
-                result.update(split.images.permute(0, 2, 3, 1).contiguous().cpu().numpy())
+    for split in filter(None, (dataset.train, dataset.test, dataset.val, dataset.labelled)):
+        result.update(split.labels.cpu().numpy())
+        if dataset.source != DRAWN:  # channels last, as they lie in memory: no copy
+            result.update(split.images.permute(0, 2, 3, 1).contiguous().cpu().numpy())
     return result.hexdigest()[:16]
 
 
 # ---------------------------------------------------------------- reading
-
-def _read(dataset, root, size, test_share):
-    """The Dataset of a name, a folder or an .npz, as `load` says."""
-    name = "cifar10" if dataset is None else str(dataset)
-    if name in NAMES:
-        present = any(root.glob(NAMES[name][1]))
-        if not present and (root / name / "train").is_dir():
-            return _read_folder(root / name, size, test_share)
-        try:
-            return _read_named(name, root, present)
-        except DataError as error:
-            if present or dataset is not None:
-                raise
-            print(f"{'!' * 78}\nWARNING: {error}\nWARNING: using the built-in set 'shapes' instead; its "
-                  f"results say nothing about CIFAR-10.\n{'!' * 78}", file=sys.stderr)
-            name = "shapes"
-    if name == "shapes":
-        return shapes()
-    if os.path.isdir(name):
-        return _read_folder(Path(name), size, test_share)
-    if os.path.isfile(name) and name.endswith(".npz"):
-        return _read_npz(Path(name))
-    raise DataError(f"no data set {name!r}; expected one of {' '.join(NAMES)} shapes, a folder of pictures "
-                    f"({LAYOUTS}), or an .npz file")
-
 
 def _split(images, labels):
     """A Split of images (N, H, W), (N, H, W, C) or (N, C, H, W) and labels, tensors or arrays."""
@@ -164,26 +147,31 @@ def _split(images, labels):
     return Split(images.contiguous(memory_format=torch.channels_last), torch.as_tensor(labels).long())
 
 
-def _read_named(name, root, present):
-    """A set of NAMES as torchvision keeps it below root, downloaded unless some of it is present."""
-    from torchvision import datasets
+def _read_named(name, root, size, test_share, replaceable):
+    """A set of NAMES as torchvision keeps it below root, else the folder of pictures there, else downloaded;
+    where that fails and it is replaceable, `shapes`."""
     kind, files, *arguments = NAMES[name]
-    splits, timeout = [], socket.getdefaulttimeout()
+    present, timeout = any(root.glob(files)), socket.getdefaulttimeout()
+    if not present and (root / name / "train").is_dir():
+        return _read_folder(root / name, size, test_share)
+    from torchvision import datasets
     socket.setdefaulttimeout(20)  # for a network that never answers
     try:
-        for each in arguments:
-            subset = getattr(datasets, kind)(root, download=not present, **each)
-            splits.append(_split(subset.data, subset.labels if name == "svhn" else subset.targets))
+        sets = [getattr(datasets, kind)(root, download=not present, **each) for each in arguments]
     except Exception as error:  # of the network or of a damaged file, whatever torchvision meets first
-        reason = f"({' '.join(str(error).split())[:80]})"
-        if present:
-            raise DataError(f"{root / files}: damaged {reason}; delete it to download it again") from None
-        raise DataError(f"{name} is neither in {root}/ nor in {root / name}/train, and cannot be downloaded "
-                        f"{reason}; expected another data_dir, or shapes, which needs no files") from None
+        reason = (f"{name} cannot be read from {root / files} or {root / name}/train, nor downloaded "
+                  f"({' '.join(str(error).split())[:80]}); delete damaged files to download them again, or "
+                  "expected another data_dir, or shapes, which needs no files")
+        if present or not replaceable:
+            raise DataError(reason) from None
+        print(f"{'!' * 78}\nWARNING: {reason}\nWARNING: using the built-in set 'shapes' instead; its results "
+              f"say nothing about CIFAR-10.\n{'!' * 78}", file=sys.stderr)
+        return shapes()
     finally:
         socket.setdefaulttimeout(timeout)
-    classes = [each.split(" - ")[0] for each in getattr(subset, "classes", "0123456789")]  # MNIST: "0 - zero"
-    return Dataset(name, f"{root} (torchvision)", classes, *splits)
+    splits = [_split(each.data, each.labels if name == "svhn" else each.targets) for each in sets]
+    classes = getattr(sets[0], "classes", "0123456789")  # MNIST's: "0 - zero"
+    return Dataset(name, f"{root} (torchvision)", [each.split(" - ")[0] for each in classes], *splits)
 
 
 def _read_npz(path):
@@ -197,16 +185,14 @@ def _read_npz(path):
     splits, count = [], len(np.unique(arrays["y_train"]))
     for part in ("train", "test"):
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"].ravel()
-        if x.dtype.kind == "f" and x.size and x.min() >= 0 and x.max() <= 1:
+        if x.dtype.kind == "f" and x.min() >= 0 and x.max() <= 1:
             x = (255 * x).round().astype(np.uint8)
-        numbers = y.dtype.kind in "iu" and len(x) == len(y) > 0
-        if x.dtype != np.uint8 or x.ndim not in (3, 4) or not numbers:
-            raise DataError(f"{path}: x_{part} is {x.dtype} {x.shape}, y_{part} {y.dtype} {y.shape}; "
-                            "expected images (N, H, W), (N, H, W, C) or (N, C, H, W), uint8 or floats of 0 "
-                            "to 1, and N whole numbers")
-        if y.min() < 0 or y.max() >= count:
-            raise DataError(f"{path}: y_{part} is from {y.min()} to {y.max()}; expected 0 to {count - 1}, as "
-                            f"y_train has {count} different labels")
+        fits = x.dtype == np.uint8 and x.ndim in (3, 4) and y.dtype.kind in "iu" and len(x) == len(y)
+        if not fits or y.min() < 0 or y.max() >= count:
+            raise DataError(f"{path}: x_{part} is {x.dtype} {x.shape}, y_{part} {y.dtype} {y.shape} of "
+                            f"{np.unique(y)[[0, -1]]}; expected images (N, H, W), (N, H, W, C) or (N, C, H, "
+                            f"W), uint8 or floats of 0 to 1, and N whole numbers of 0 to {count - 1}, as "
+                            f"y_train has {count} different ones")
         splits.append(_split(x, y))
     train, test = (tuple(split.images.shape[1:]) for split in splits)
     classes = list(map(str, arrays.get("classes", np.arange(count))))
@@ -220,9 +206,7 @@ def _read_npz(path):
 
 LAYOUTS = "train/<class>/* and test/<class>/*, <class>/*, or the folder itself"
 HIDDEN = (".", "__", "@eaDir")  # so begin the names of hidden and system files and folders
-# What Pillow reads by itself. Its own list would import all its formats, and try each of them on every file.
-ENDINGS = set(".apng .avif .bmp .dds .dib .gif .icns .ico .j2k .jfif .jp2 .jpe .jpeg .jpf .jpg .jpx .pbm "
-              ".pcx .pgm .png .pnm .ppm .psd .qoi .sgi .tga .tif .tiff .webp .xbm .xpm".split())
+ENDINGS = set(".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pgm .png .ppm .tga .tif .tiff .webp".split())
 CACHE_FROM = 1000  # from this many pictures on, the decoded ones are kept in the folder
 
 
@@ -236,37 +220,30 @@ def _read_folder(folder, size, test_share):
     pictures = [file for file in listed if os.path.splitext(file)[1].lower() in ENDINGS]
     tops = {file.split("/")[0] for file in pictures if "/" in file}
     parts = {top: top.lower() for top in tops if top.lower() in ("train", "test", "val")}
-    if "train" not in parts.values():
-        parts = {}  # each folder is a class
-    elif len(parts) < len(tops):
-        raise DataError(f"{folder}: has pictures in train/ and in {min(tops - set(parts))}/; expected "
-                        f"{LAYOUTS}; rename the parts to train, test and val, or remove the other folder")
-    deepest = max(pictures, key=lambda file: file.count("/"), default="")
-    depth, rows = deepest.count("/"), []  # rows: (part, class, file)
-    if depth > 1 + bool(parts):
-        raise DataError(f"{(folder / deepest).parent}: has pictures deeper than {LAYOUTS}; rename the parts "
-                        "to train and test, or load the folder that holds them")
+    parts = parts if "train" in parts.values() else {}  # without it each folder is a class
+    depth, rows = max((file.count("/") for file in pictures), default=0), []  # rows: (part, class, file)
     for file in pictures:
         *above, _ = file.split("/")
+        if len(above) > 1 + bool(parts) or parts and above and above[0] not in parts:
+            raise DataError(f"{(folder / file).parent}: pictures are not read from here; expected {LAYOUTS}; "
+                            "rename the parts to train and test, or load the folder that holds them")
         if len(above) == depth:
             share = zlib.crc32(os.fsencode(file)) / 2**32
             part = parts[above.pop(0)] if parts else "test" if share < test_share else "train"
             rows.append((part, above[0] if above else folder.absolute().name, file))
     left = set(listed) - {file for _, _, file in rows}
     if left:
-        kinds = sorted({os.path.splitext(file)[1].lower() or "none" for file in left})
-        print(f"{folder}: {len(left):,} files left out (endings: {' '.join(kinds)}); pictures are read from "
+        print(f"{folder}: {len(left):,} files left out, such as {min(left)}; pictures are read from "
               f"{LAYOUTS}", file=sys.stderr)
     if "test" not in {part for part, _, _ in rows}:
         raise DataError(f"{folder}: has no test pictures; expected {LAYOUTS}; rename val to test, or, "
                         f"without train/, add pictures or raise the test_share of {test_share:g}")
     classes = sorted({name for part, name, _ in rows if part == "train" or test_share == 1})
     number = {name: label for label, name in enumerate(classes)}
-    for _, name, file in rows:
-        if name not in number:
-            raise DataError(f"{folder / file}: class {name!r} has no training pictures; expected a class of "
-                            f"{','.join(classes)}, or, without train/, more pictures or another test_share "
-                            f"than {test_share:g}")
+    lost = [file for _, name, file in rows if name not in number]
+    if lost:
+        raise DataError(f"{folder / lost[0]}: of no training class; one of {','.join(classes)}, or, without "
+                        f"train/, more pictures of its class or another test_share than {test_share:g}")
     images, splits = _read_pictures(folder, [file for _, _, file in rows], size), {}
     for part in {"train", *(row[0] for row in rows)}:
         chosen = [i for i, row in enumerate(rows) if row[0] == part]
@@ -277,8 +254,8 @@ def _read_folder(folder, size, test_share):
 
 
 def _read_pictures(folder, files, size):
-    """The pictures of a folder, (N, H, W, C) uint8: decoded or, if they were decoded to this size and no
-    file's name, size or time has changed since, as they were kept in it."""
+    """The pictures of a folder, (N, H, W, C) uint8; C is 1 if all are grey. Decoded or, if no file's name,
+    size or time has changed since they were decoded to this size, as they were kept. Raises DataError."""
     stamp = hashlib.sha256(f"{size}\0".encode())
     cache, new = folder / ".cache.npz", folder / f".cache.{os.getpid()}.npz"
     for file in files:
@@ -287,8 +264,27 @@ def _read_pictures(folder, files, size):
     with contextlib.suppress(Exception), np.load(cache) as kept:  # not there or damaged: whatever NumPy meets
         if kept["stamp"] == stamp.hexdigest():
             return kept["images"]
-    images = _decode([f"{folder}/{file}" for file in files], size)
-    if len(files) >= CACHE_FROM:
+    paths, read = [f"{folder}/{file}" for file in files], functools.partial(_pixels, size=size)
+    if len(paths) < CACHE_FROM or sys.platform != "linux":
+        pictures = list(map(read, paths))
+    else:
+        print(f"reading {len(paths):,} pictures", file=sys.stderr)
+        # Not threads: Pillow decodes small pictures under Python's lock. Nor processes that are not forked:
+        # they run a user's script again that has no `if __name__ == "__main__"`.
+        with ProcessPoolExecutor(torch.get_num_threads(), multiprocessing.get_context("fork")) as pool:
+            pictures = list(pool.map(read, paths, chunksize=250))
+    damaged = [picture for picture in pictures if isinstance(picture, str)]
+    if damaged:
+        raise DataError(f"{len(damaged):,} of {len(paths):,} pictures cannot be read; mend or delete them: "
+                        + "; ".join(damaged[:5] + ["..."] * (len(damaged) > 5)))
+    unequal = [path for path, picture in zip(paths, pictures) if picture.shape != pictures[0].shape]
+    if unequal and size is None:
+        raise DataError(f"{unequal[0]}: is not of the size of {paths[0]}; expected equal sizes, or a size to "
+                        "which all are scaled and cropped, such as --size 32")
+    images = np.stack([_fit(picture, size, size) for picture in pictures] if unequal else pictures)
+    if all((image == image[..., :1]).all() for image in images):
+        images = images[..., :1].copy()
+    if len(paths) >= CACHE_FROM:
         with contextlib.suppress(OSError):  # no right or no room to write
             try:
                 np.savez(new, stamp=stamp.hexdigest(), images=images)
@@ -298,36 +294,9 @@ def _read_pictures(folder, files, size):
     return images
 
 
-def _decode(paths, size):
-    """Picture files as (N, H, W, C) uint8; C is 1 if all are grey. Raises DataError of all damaged ones."""
-    workers, read = torch.get_num_threads(), functools.partial(_pixels, size=size)
-    if len(paths) < CACHE_FROM:
-        pictures = list(map(read, paths))
-    else:
-        print(f"reading {len(paths):,} pictures", file=sys.stderr)
-        # Not threads: Pillow decodes small pictures under Python's lock. Nor processes that are not forked:
-        # they run a user's script again that has no `if __name__ == "__main__"`.
-        fork = sys.platform == "linux" and multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(workers, fork) if fork else ThreadPoolExecutor(workers) as pool:
-            pictures = list(pool.map(read, paths, chunksize=250))
-    damaged = [picture for picture in pictures if isinstance(picture, str)]
-    if damaged:
-        more = f"; and {len(damaged) - 5:,} more" if damaged[5:] else ""
-        raise DataError(f"{len(damaged):,} of {len(paths):,} pictures cannot be read; mend or delete them: "
-                        f"{'; '.join(damaged[:5])}{more}")
-    unequal = [path for path, picture in zip(paths, pictures) if picture.shape != pictures[0].shape]
-    if unequal and size is None:
-        raise DataError(f"{unequal[0]}: is not of the size of {paths[0]}; expected equal sizes, or a size to "
-                        "which all are scaled and cropped, such as --size 32")
-    images = np.stack([_fit(picture, size, size) for picture in pictures] if unequal else pictures)
-    blocks = np.array_split(images, len(images) // 1000 + 1)
-    return images[..., :1].copy() if all((block == block[..., :1]).all() for block in blocks) else images
-
-
 def _pixels(path, size=None):
     """A picture file as (H, W, 3) uint8, turned as its EXIF says, transparency onto white, fitted to size if
     it has more pixels; or, where it cannot be read, a line that says why."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
@@ -340,8 +309,6 @@ def _pixels(path, size=None):
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             pixels = np.asarray(image.convert("RGB"))
-    except UnidentifiedImageError:  # its words name the file again
-        return f"{path}: not a picture"
     except Exception as error:  # of a damaged file, whatever Pillow meets first
         return f"{path}: {getattr(error, 'strerror', None) or error}"
     return _fit(pixels, size, size) if size is not None and pixels[..., 0].size > size * size else pixels
@@ -349,7 +316,6 @@ def _pixels(path, size=None):
 
 def _fit(pixels, height, width):
     """Pixels (H, W, 3) scaled, then cropped about the centre."""
-    from PIL import Image, ImageOps
     return np.asarray(ImageOps.fit(Image.fromarray(pixels), (width, height), Image.Resampling.BILINEAR))
 
 
@@ -359,7 +325,6 @@ def read_picture(path, channels=3, fit=None, blur=0.0):
     channels, fit: channels and (H, W) of the data set's images, to which a picture of another size is scaled
     and centre-cropped. blur: as for `load`. Raises DataError.
     """
-    from PIL import Image
     pixels = _pixels(path)
     if isinstance(pixels, str):
         raise DataError(pixels)
@@ -450,53 +415,42 @@ def _pick(split, rows):
     return Split(split.images[rows], split.labels[rows])
 
 
-def _drawn(split, count, seed):
-    """Rows of `count` images, drawn with the seed, classes in proportion (rounded so that they add up; at
-    least one of each class where count allows), in the set's order."""
+def _drawn(split, count, seed, name):
+    """A mask (N,) of `count` images, drawn with the seed, classes in proportion (rounded so that they add up;
+    at least one of each class where count allows). name: of the count in the DataError that is raised where
+    the Split has fewer."""
     n = len(split.labels)
+    if not 0 < count <= n:
+        raise DataError(f"{name} {count:,}: expected 1 to {n:,}, the images that there are")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     # Each image's rank within its class, as a share of that class; the smallest shares win.
-    labels, share = split.labels.cpu()[order], torch.empty(n, dtype=torch.float64)
+    labels, share = split.labels[order], torch.empty(n, dtype=torch.float64)
     for label in labels.unique():
         in_class = (labels == label).nonzero().squeeze(1)
         share[in_class] = torch.arange(len(in_class), dtype=torch.float64) / len(in_class)
-    return order[share.argsort(stable=True)[:count]].sort().values
+    drawn = torch.zeros(n, dtype=torch.bool)
+    drawn[order[share.argsort(stable=True)[:count]]] = True
+    return drawn
 
 
 def take(split, count, seed, name="count"):
-    """`count` images of a Split, drawn with the seed, classes in proportion. name: of the count in the
-    DataError that is raised where the Split has fewer."""
-    if not 0 < count <= len(split.labels):
-        raise DataError(f"{name} {count:,}: expected 1 to {len(split.labels):,}, the images that there are")
-    return _pick(split, _drawn(split, count, seed))
-
-
-def hold_out(split, share, seed):
-    """(training set, validation set): a share (0 to 1) of the images, drawn with the seed, classes in
-    proportion, goes to the second. Raises DataError."""
-    n, count = len(split.labels), round(share * len(split.labels))
-    if not 0 < count < n:
-        raise DataError(f"val_share {share:g}: is {count:,} of {n:,} images; expected 1 to {n - 1:,}")
-    held = torch.zeros(n, dtype=torch.bool)
-    held[_drawn(split, count, seed)] = True
-    return _pick(split, ~held), _pick(split, held)
+    """`count` images of a Split, in its order, as `_drawn` draws them. Raises DataError."""
+    return _pick(split, _drawn(split, count, seed, name))
 
 
 def choose(dataset, names):
     """The Dataset of the classes of those names alone, renumbered in the set's order. Raises DataError."""
-    kept = [label for label, name in enumerate(dataset.classes) if name in names]
-    rows = torch.isin(dataset.test.labels, torch.tensor(kept)).tolist()
-    if len(kept) < len(names) or not any(rows):
+    kept = torch.tensor([label for label, name in enumerate(dataset.classes) if name in names])
+    rows = torch.isin(dataset.test.labels, kept)
+    if len(kept) < len(names) or not rows.any():
         raise DataError(f"classes {','.join(names)}: expected, each once, classes of {dataset.name} with "
                         f"test images: {','.join(dataset.classes)}")
-    number = torch.full((len(dataset.classes),), -1)
-    number[kept] = torch.arange(len(kept))
 
     def change(split):
-        labels = number[split.labels]
-        return _pick(Split(split.images, labels), labels >= 0)
+        images, labels = _pick(split, torch.isin(split.labels, kept))
+        return Split(images, torch.searchsorted(kept, labels))
     return replace(dataset.map(change), classes=[dataset.classes[label] for label in kept],
-                   files=dataset.files and [file for file, row in zip(dataset.files, rows) if row])
+                   files=dataset.files and list(itertools.compress(dataset.files, rows)))
 
 
 def blurred(images, sigma):
@@ -540,29 +494,24 @@ def nearest(queries, references, k, chunk=500):
 def smote(split, seed, k=5):
     """Every class grown to the largest one's size by synthetic pictures (SMOTE, Chawla et al. 2002), each a
     random point on the line between a picture of the class and one of its k nearest neighbours there. The
-    synthetic ones stand after all others. Raises DataError."""
+    synthetic ones stand after all others."""
     generator = torch.Generator().manual_seed(seed)
     before, images, labels = counts(split, 0), [split.images], [split.labels]
     for label, count in enumerate(before):
         missing = max(before) - count
         if not missing:
             continue
-        if count < 2:
-            raise DataError(f"variant smote: class {label} has {count} training images; expected two or more")
         in_class = split.images[split.labels == label]
         pixels = in_class.flatten(1).float() - 127.5
-        neighbours = nearest(pixels, pixels, min(k + 1, count))
-        other = neighbours != torch.arange(count)[:, None]  # a picture is not its own neighbour ...
-        other[other.all(1), -1] = False                     # ... nor among them, where others are equal to it
-        neighbours = neighbours[other].view(count, -1)
+        # The nearest is the picture itself, or one equal to it. A class of one picture has no other.
+        neighbours = nearest(pixels, pixels, min(k + 1, count))[:, min(1, count - 1):]
         # Each picture equally often, the remainder drawn, as in the paper.
         turns = [torch.randperm(count, generator=generator) for _ in range(math.ceil(missing / count))]
         base = torch.cat(turns)[:missing]
         partner = neighbours[base, torch.randint(neighbours.shape[1], (missing,), generator=generator)]
-        for one, two in zip(base.split(1000), partner.split(1000)):
-            gap = torch.rand(len(one), 1, generator=generator)
-            between = pixels[one].lerp(pixels[two], gap) + 127.5
-            images.append(between.round().to(torch.uint8).view(-1, *in_class.shape[1:]))
+        gap = torch.rand(missing, 1, generator=generator)
+        between = pixels[base].lerp(pixels[partner], gap) + 127.5
+        images.append(between.round().to(torch.uint8).view(-1, *in_class.shape[1:]))
         labels.append(torch.full((missing,), label))
     return Split(torch.cat(images).contiguous(memory_format=torch.channels_last), torch.cat(labels))
 
@@ -579,20 +528,16 @@ def vary(split, classes, variant, shares, seed):
     smallest one, "oversampled" repeats images up to the largest one, "smote" adds synthetic ones. Returns the
     Split and how many of its images, the last ones, are synthetic. Raises DataError.
     """
-    if variant == "complete" and not shares:
-        return split, 0
     if variant not in VARIANTS[1:]:
         raise DataError(f"variant {variant}: one of {' '.join(VARIANTS)}, with constrain not complete")
     if shares is None:
         shares = CONSTRAINED if set(CONSTRAINED) <= set(classes) else {}
-    for name, share in shares.items():
-        if name not in classes or not 0 < share <= 1:
-            raise DataError(f"constrain {name}={share:g}: expected one of {','.join(classes)} and a share "
-                            "above 0, at most 1")
     before = counts(split, len(classes))
     wanted = [round(count * shares.get(name, 1)) for name, count in zip(classes, before)]
-    if 0 in wanted:
-        raise DataError(f"constrain: leaves no training image of class {classes[wanted.index(0)]!r}")
+    fits = all(0 < each <= count for each, count in zip(wanted, before))
+    if not fits or not set(shares) <= set(classes):
+        raise DataError(f"variant {variant}, constrain {shares}: expected classes of {','.join(classes)} and "
+                        "shares above 0, at most 1, that leave images of each class")
     if not shares and (variant == "constrained" or len(set(before)) == 1):
         raise DataError(f"variant {variant}: leaves all images as they are; expected shares to keep, such as "
                         f"constrain {classes[0]}=0.5")

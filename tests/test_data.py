@@ -1,6 +1,5 @@
 """Sets from each source, their draws, and their batches against the plain computation."""
 import functools
-import gzip
 import math
 import os
 import struct
@@ -79,22 +78,17 @@ def test_hidden_and_system_files_are_no_pictures(tmp_path):
 
 
 @pytest.mark.parametrize("parts, expected", [
-    (("training_set", "test_set"), "test_set/ant: has pictures deeper.*; rename the parts to train and test"),
-    (("test", "val"), "test/ant: has pictures deeper"), (("a/train", "a/test"), "a/test/ant: has"),
-    (("train/big", "test"), "train/big/ant: has pictures deeper"), (("train",), "has no test pictures"),
+    (("training_set", "test_set"), "test_set/ant: pictures are not read from here; .*rename the parts"),
+    (("test", "val"), "test/ant: pictures are"), (("a/train", "a/test"), "a/test/ant: pictures are"),
+    (("train/big", "test"), "train/big/ant: pictures are"), (("train",), "has no test pictures"),
     (("train", "val"), "has no test pictures.*; rename val to test"),
-    (("train", "testing", "test"), "in train/ and in testing/.*; rename")])
+    (("train", "testing", "test"), "testing/ant: pictures are .*rename")])
 def test_folders_that_are_neither_parts_nor_classes_are_refused(tmp_path, parts, expected):
     """As two classes, "test_set" and "training_set", they were trained on."""
     make_folder(tmp_path, parts=[(part, 2) for part in parts])
     with pytest.raises(DataError, match=expected) as error:
         data.load(str(tmp_path))
     assert "\n" not in str(error.value)
-
-
-def test_a_class_may_be_called_nearly_as_a_part_is(tmp_path):
-    make_folder(tmp_path, parts=(("", 10),), classes=("bus", "trains", "valley"))
-    assert data.load(str(tmp_path)).classes == ["bus", "trains", "valley"]
 
 
 def test_val_beside_train_and_test_is_held_out(tmp_path):
@@ -114,7 +108,7 @@ def test_what_is_left_out_is_said(tmp_path, capsys):
     save(tmp_path / "train/of-no-class.png")
     assert len(data.load(str(tmp_path)).train.labels) == 6
     line = capsys.readouterr().err
-    assert line.count("\n") == 1 and "4 files left out (endings: .csv .png .txt none)" in line
+    assert line.count("\n") == 1 and "4 files left out, such as LICENSE; pictures are" in line
 
 
 def test_what_pillow_reads_is_read(tmp_path, capsys):
@@ -132,7 +126,7 @@ def test_all_damaged_pictures_are_named_at_once(tmp_path):
     picture = (tmp_path / "train/ant/0.png").read_bytes()
     for i in range(7):
         (tmp_path / f"train/ant/{i}.png").write_bytes(picture[:45] if i % 2 else b"words")
-    with pytest.raises(DataError, match="7 of 20 pictures cannot be read.*; and 2 more") as error:
+    with pytest.raises(DataError, match="7 of 20 pictures cannot be read.*; ...") as error:
         data.load(str(tmp_path))
     assert [f"ant/{i}.png" in str(error.value) for i in range(7)] == [True] * 5 + [False] * 2
     assert "\n" not in str(error.value)
@@ -146,7 +140,7 @@ def test_a_test_set_may_lack_a_class(tmp_path):
     chosen = data.choose(dataset, ["ant", "cow"])
     assert chosen.test.labels.tolist() == [1, 1] and chosen.files == ["test/cow/0.png", "test/cow/1.png"]
     save(tmp_path / "test/wasp/0.png")
-    with pytest.raises(DataError, match="test/wasp/0.png: class 'wasp' has no training pictures"):
+    with pytest.raises(DataError, match="test/wasp/0.png: of no training class"):
         data.load(str(tmp_path))
 
 
@@ -179,7 +173,7 @@ def test_a_class_without_training_images_is_refused(tmp_path):
     root = make_folder(tmp_path, parts=(("", 10),))
     for i in {*range(10)} - {6, 7}:  # the checksums of those are 0.19 and 0.05 of the range
         (root / f"bee/{i}.png").unlink()
-    with pytest.raises(DataError, match="class 'bee' has no training pictures.*; .*test_share than 0.2"):
+    with pytest.raises(DataError, match="bee/6.png: of no training class; .*test_share than 0.2"):
         data.load(str(root))
     assert data.load(str(root), test_share=0.1).test.labels.tolist().count(1) == 1
     with pytest.raises(DataError, match="has no test pictures"):
@@ -222,39 +216,32 @@ def test_a_folder_is_grey_only_if_all_its_pictures_are(tmp_path):
     assert mixed.test.images[-1, :, 0, 0].tolist() == [255, 0, 0]
 
 
-@pytest.fixture
-def decodes(monkeypatch):
-    """A list that grows at each decoding of a folder; every folder is large enough for a cache."""
-    calls, decode = [], data._decode
-    monkeypatch.setattr(data, "CACHE_FROM", 4)
-    monkeypatch.setattr(data, "_decode", lambda *arguments: calls.append(1) or decode(*arguments))
-    return calls
-
-
 @pytest.mark.parametrize("change", [
     lambda picture, cache: os.utime(picture, ns=(1, 1)), lambda picture, cache: picture.unlink(),
     lambda picture, cache: picture.rename(picture.parent.parent / "bee/9.png"),
     lambda picture, cache: cache.write_bytes(cache.read_bytes()[:-200]),
     lambda picture, cache: cache.write_bytes(cache.read_bytes().replace(b"\xc8", b"\xc9"))],
     ids=["time", "deleted", "moved", "cut", "damaged"])
-def test_a_folder_is_decoded_once_until_it_changes(tmp_path, decodes, change):
+def test_a_folder_is_decoded_once_until_it_changes(tmp_path, monkeypatch, capsys, change):
     root = make_folder(tmp_path / "bugs")
-    alone = data._decode([root / f"train/ant/{i}.png" for i in range(3)], None)
-    first = data.load(str(root))  # by several processes
-    assert np.array_equal(first.train.images[:3].permute(0, 2, 3, 1), alone)
-    assert_equal(data.load(str(root)), first)
-    assert len(decodes) == 2 and [path.name for path in root.glob(".*")] == [".cache.npz"]
+    expected = data.load(str(root))
+    monkeypatch.setattr(data, "CACHE_FROM", 4)
+    for decoded in (1, 0):  # by several processes; as it was kept
+        assert_equal(data.load(str(root)), expected)
+        assert capsys.readouterr().err.count("reading 10 pictures") == decoded
+    assert [path.name for path in root.glob(".*")] == [".cache.npz"]
     change(root / "train/ant/1.png", root / ".cache.npz")
     changed = data.load(str(root))
-    assert len(decodes) == 3
+    assert "reading" in capsys.readouterr().err
     assert_equal(data.load(str(root)), changed)
-    assert len(decodes) == 3
+    assert not capsys.readouterr().err
 
 
-def test_a_cache_is_of_one_size_and_is_written_if_it_can_be(tmp_path, decodes, monkeypatch):
+def test_a_cache_is_of_one_size_and_is_written_if_it_can_be(tmp_path, monkeypatch, capsys):
     root = make_folder(tmp_path / "bugs")
+    monkeypatch.setattr(data, "CACHE_FROM", 4)
     sides = [data.load(str(root), size=size).train.images.shape[2] for size in (None, None, 16, 4, 4, None)]
-    assert sides == [8, 8, 8, 4, 4, 8] and len(decodes) == 4
+    assert sides == [8, 8, 8, 4, 4, 8] and capsys.readouterr().err.count("reading") == 4
     (root / ".cache.npz").unlink()
     monkeypatch.setattr(np, "savez", lambda *arguments, **more: open(tmp_path))  # an OSError
     assert len(data.load(str(root)).train.labels) == 6 and not list(root.glob(".cache*"))
@@ -262,24 +249,18 @@ def test_a_cache_is_of_one_size_and_is_written_if_it_can_be(tmp_path, decodes, m
 
 # ---------------------------------------------------------------- pictures
 
-@pytest.mark.parametrize("mode, expected", [
-    ("RGB", (200, 100, 50)), ("L", (90, 90, 90)), ("P", (200, 100, 50)), ("1", (255, 255, 255)),
-    ("RGBA", (255, 255, 255)), ("I;16", (117, 117, 117)), ("I", (117, 117, 117)), ("CMYK", (200, 100, 50))])
-def test_pictures_of_every_mode(tmp_path, mode, expected):
-    path = tmp_path / {"CMYK": "a.jpg", "I": "a.tif"}.get(mode, "a.png")
-    if mode.startswith("I"):
-        picture = Image.fromarray(np.full((4, 6), 30000, np.uint16 if mode == "I;16" else np.int32))
-    elif mode == "RGBA":
-        picture = Image.new("RGBA", (6, 4), (200, 100, 50, 0))  # wholly transparent: white
-    elif mode in ("P", "CMYK"):
-        picture = Image.new("RGB", (6, 4), (200, 100, 50)).convert(mode)
-    else:
-        picture = Image.new(mode, (6, 4), {"RGB": (200, 100, 50), "L": 90, "1": 1}[mode])
-    picture.save(path)
-    pixels = data.read_picture(path)
-    assert pixels.shape == (1, 3, 4, 6) and pixels.dtype == torch.uint8
+@pytest.mark.parametrize("name, mode, colour, expected", [
+    ("a.png", "RGB", (200, 100, 50), (200, 100, 50)), ("a.png", "L", 90, (90, 90, 90)),
+    ("a.png", "1", 1, (255, 255, 255)), ("a.png", "P", (200, 100, 50), (200, 100, 50)),
+    ("a.png", "RGBA", (200, 100, 50, 0), (255, 255, 255)), ("a.png", "I;16", 30_000, (117, 117, 117)),
+    ("a.tif", "I", 30_000, (117, 117, 117)), ("a.jpg", "CMYK", (55, 155, 205, 0), (200, 100, 50))])
+def test_pictures_of_every_mode(tmp_path, name, mode, colour, expected):
+    """Wholly transparent is white."""
+    save(tmp_path / name, colour, mode=mode)
+    pixels = data.read_picture(tmp_path / name)
+    assert pixels.shape == (1, 3, 8, 8) and pixels.dtype == torch.uint8
     misses = (pixels.permute(0, 2, 3, 1).int() - torch.tensor(expected)).abs()
-    assert misses.max() <= (8 if mode in "CMYK P" else 0)
+    assert misses.max() <= (8 if mode == "CMYK" else 0)
 
 
 @pytest.mark.parametrize("value", [0.7, 70_000, -1], ids=["float", "17 bits", "negative"])
@@ -291,13 +272,11 @@ def test_pictures_of_32_bits_are_refused(tmp_path, value):
 
 def test_pictures_of_12_bits_in_16_are_refused(tmp_path):
     """Divided by 256 they are black: at most 15 of 255."""
-    for part in ("train", "test"):
-        (tmp_path / part / "ant").mkdir(parents=True)
-        for i in range(2):
-            Image.fromarray(np.full((4, 4), 4095, np.uint16)).save(tmp_path / part / f"ant/{i}.png")
+    for file in ("train/ant/0.png", "train/ant/1.png", "test/ant/0.png"):
+        save(tmp_path / file, 4095, mode="I;16")
     with pytest.raises(DataError, match="no pixel of the whole set exceeds 25 of 255"):
         data.load(str(tmp_path))
-    Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(tmp_path / "train/ant/1.png")
+    save(tmp_path / "train/ant/1.png", 40_000, mode="I;16")
     assert values(data.load(str(tmp_path)).train) == [15, 156]
 
 
@@ -318,13 +297,6 @@ def test_a_single_picture_is_read_as_the_test_images_are(tmp_path, channels, fit
     turned = data.read_picture(tmp_path / "test/ant/0.png", channels)
     expected = torch.from_numpy(np.rot90(noise[..., :channels], -1).copy())
     assert torch.equal(turned[0].permute(1, 2, 0), expected)
-
-
-def test_a_picture_of_far_too_many_pixels_is_refused(tmp_path, monkeypatch):
-    save(tmp_path / "a.png", side=100)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4_000)
-    with pytest.raises(DataError, match="a.png: "):
-        data.read_picture(tmp_path / "a.png")
 
 
 # ---------------------------------------------------------------- .npz, named sets
@@ -351,14 +323,8 @@ def test_an_npz_in_each_layout(tmp_path):
     dataset = data.load(npz(tmp_path / "c.npz", x_train=grey, x_test=grey[:2],
                             y_train=np.array([[0], [1], [2], [0], [1], [2]])))
     assert dataset.train.images.shape == (6, 1, 4, 5) and dataset.train.labels.shape == (6,)
-
-
-def test_floats_of_0_to_1_are_scaled(tmp_path):
-    pixels = np.linspace(0, 1, 6 * 4 * 4 * 3, dtype=np.float32).reshape(6, 4, 4, 3)
-    dataset = data.load(npz(tmp_path / "a.npz", x_train=pixels, x_test=pixels[:2]))
-    expected = torch.from_numpy(pixels).permute(0, 3, 1, 2) * 255
-    assert dataset.train.images.dtype == torch.uint8
-    assert (dataset.train.images - expected).abs().max() <= 0.501
+    floats = data.load(npz(tmp_path / "d.npz", x_train=first / 255, x_test=first[:2] / 255))
+    assert torch.equal(floats.train.images, torch.from_numpy(first))
 
 
 @pytest.mark.parametrize("changes, expected", [
@@ -372,9 +338,9 @@ def test_floats_of_0_to_1_are_scaled(tmp_path):
     (dict(y_train=np.array([0, 1, 2])), r"y_train int64 \(3,\)"),
     (dict(y_train=np.array([0., 1, 2, 0, 1, 2])), "y_train float64"),
     (dict(y_train=np.array(list("abcabc"))), "y_train <U1"),
-    (dict(y_train=np.array([0, 1, -1, 0, 1, 2])), "y_train is from -1"),
-    (dict(y_train=np.array([1, 2, 3, 1, 2, 3])), "from 1 to 3; expected 0 to 2"),
-    (dict(y_test=np.array([0, 3])), "y_test is from 0 to 3"),
+    (dict(y_train=np.array([0, 1, -1, 0, 1, 2])), r"y_train int64 \(6,\) of \[-1  2\]"),
+    (dict(y_train=np.array([1, 2, 3, 1, 2, 3])), r"of \[1 3\]; .* numbers of 0 to 2"),
+    (dict(y_test=np.array([0, 3])), r"y_test int64 \(2,\) of \[0 3\]"),
     (dict(classes=np.array(["a"])), "1 classes; expected .* 3 classes")])
 def test_an_unusable_npz(tmp_path, changes, expected):
     with pytest.raises(DataError, match=expected) as error:
@@ -404,8 +370,6 @@ def write_mnist(root):
                                    ("labels-idx1-ubyte", 2049, np.array([7, 0, 4], np.uint8))):
             header = struct.pack(f">{array.ndim + 1}i", magic, *array.shape)
             (raw / f"{part}-{name}").write_bytes(header + array.tobytes())
-            with gzip.open(raw / f"{part}-{name}.gz", "wb") as file:
-                file.write(header + array.tobytes())
     return raw
 
 
@@ -428,12 +392,12 @@ def test_mnist_in_torchvisions_layout(tmp_path, no_network):
 def test_damaged_files_of_torchvision_are_named_and_not_hidden(tmp_path, no_network, damage):
     for path in write_mnist(tmp_path).glob("t10k-images*"):
         damage(path)
-    with pytest.raises(DataError, match=r"MNIST/raw/\*: damaged .*; delete") as error:
+    with pytest.raises(DataError, match=r"mnist cannot be read from .*MNIST/raw/\*.*; delete") as error:
         data.load("mnist", tmp_path)
     assert "\n" not in str(error.value)
     (tmp_path / "cifar-10-batches-py").mkdir()
     (tmp_path / "cifar-10-batches-py/data_batch_1").write_bytes(b"cut")
-    with pytest.raises(DataError, match=r"cifar-10-batches-py/\*: damaged"):
+    with pytest.raises(DataError, match=r"cannot be read from .*cifar-10-batches-py/\*"):
         data.load(None, tmp_path)  # shapes do not stand in for it
 
 
@@ -447,12 +411,12 @@ def test_a_named_set_is_found_as_a_folder_of_pictures(tmp_path, no_network):
 
 def test_without_a_name_shapes_stand_in_with_a_warning(tmp_path, no_network, few_shapes, capsys, monkeypatch):
     for name in ("cifar10", "mnist", "mnist"):  # what a failed download leaves is not taken for the set
-        with pytest.raises(DataError, match=f"{name} is neither in .* cannot be downloaded .*shapes"):
+        with pytest.raises(DataError, match=f"{name} cannot be read from .*, nor downloaded .*shapes"):
             data.load(name, tmp_path / "data")
     monkeypatch.chdir(make_folder(tmp_path / "cifar10").parent)  # a folder does not hide the set of its name
     assert data.load(None, tmp_path / "data").name == "shapes"
     warning = capsys.readouterr().err
-    assert "WARNING: cifar10 is neither" in warning and "say nothing about CIFAR-10" in warning
+    assert "WARNING: cifar10 cannot be read" in warning and "say nothing about CIFAR-10" in warning
     assert data.load("./cifar10").classes == ["ant", "bee"]
 
 
@@ -467,7 +431,8 @@ def few_shapes(monkeypatch):
 def test_load_is_its_steps_called_one_by_one(few_shapes):
     expected, shares = data.choose(data.shapes(), ["ring", "star", "bars"]), {"ring": 0.5, "star": 0.3}
     expected.train, expected.test = data.take(expected.train, 50, 3), data.take(expected.test, 9, 3)
-    expected.train, expected.val = data.hold_out(expected.train, 0.2, 3)
+    rows = data._drawn(expected.train, 10, 3, "")
+    expected.train, expected.val = data._pick(expected.train, ~rows), data._pick(expected.train, rows)
     expected.train, expected.synthetic = data.vary(expected.train, expected.classes, "smote", shares, 3)
     expected.labelled = data.take(expected.train, 20, 3)
     expected = expected.map(lambda split: Split(data.blurred(split.images, 0.7), split.labels))
@@ -481,14 +446,13 @@ def test_load_is_its_steps_called_one_by_one(few_shapes):
     (dict(classes=["dog"]), "classes dog: expected"), (dict(classes="ring,ring"), "ring,ring: .* each once"),
     (dict(train_size=201), "train_size 201: expected 1 to 200"), (dict(train_size=-3), "train_size -3: "),
     (dict(test_size=0), "test_size 0: expected 1 to 100"), (dict(labels=201), "labels 201: expected 1 to "),
-    (dict(val_share=0.001), "val_share 0.001: is 0 of 200"), (dict(val_share=0.97), "val_share 0.97: .*no "),
+    (dict(val_share=0.001), "val_share 0.001: count 0: "), (dict(val_share=0.97), "val_share 0.97: leaves a class"),
     (dict(variant="oversample"), "variant oversample: one of complete"),
     (dict(constrain={"ring": 0.5}), "variant complete: .*with constrain not complete"),
     (dict(variant="constrained"), "variant constrained: leaves all images as they are"),
-    (dict(variant="constrained", constrain={"cat": 0.5}), "constrain cat=0.5: expected one of circle"),
-    (dict(variant="constrained", constrain={"ring": 2.5}), "constrain ring=2.5: .*above 0, at most 1"),
-    (dict(variant="constrained", constrain={"ring": 0.001}), "constrain: leaves no .*'ring'"),
-    (dict(variant="smote", constrain={"ring": 0.05}), "variant smote: class 1 has 1 training images")])
+    (dict(variant="constrained", constrain={"cat": 0.5}), "'cat': 0.5}: expected classes of circle"),
+    (dict(variant="constrained", constrain={"ring": 2.5}), "'ring': 2.5}: .*above 0, at most 1"),
+    (dict(variant="constrained", constrain={"ring": 0.001}), "leave images of each class")])
 def test_an_error_names_its_argument(arguments, expected, few_shapes):
     with pytest.raises(DataError, match=expected):
         data.load("shapes", **arguments)
@@ -551,7 +515,7 @@ def test_draws_are_those_of_before():
     split = data._split(torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1),
                         torch.tensor([0] * 24 + [1] * 12 + [2] * 4))
     assert values(data.take(split, 10, 3)) == [1, 2, 10, 14, 20, 21, 26, 32, 33, 37]
-    assert values(data.hold_out(split, 0.2, 1)[1]) == [5, 11, 12, 17, 18, 30, 34, 36]
+    assert values(data.take(split, 8, 1)) == [5, 11, 12, 17, 18, 30, 34, 36]
     grown = data.resample(split, [3, 2, 9], 5)
     assert values(grown) == [8, 11, 13, 27, 29, 36, 36, 37, 37, 38, 38, 38, 39, 39]
     under, _ = data.vary(split, ["a", "b", "c"], "undersampled", {"a": 0.5}, 2)
@@ -566,7 +530,7 @@ def test_chosen_classes_are_renumbered():
 
 
 @pytest.mark.parametrize("variant, shares, expected, most", [
-    ("complete", None, [40, 40, 10, 40], 1), ("constrained", {"plane": 0.25}, [10, 40, 10, 40], 1),
+    ("constrained", {"plane": 0.25}, [10, 40, 10, 40], 1),
     ("constrained", None, [40, 20, 5, 20], 1), ("undersampled", None, [5, 5, 5, 5], 1),
     ("undersampled", {}, [10, 10, 10, 10], 1), ("oversampled", None, [40, 40, 40, 40], 8),
     ("oversampled", {"plane": 0.25, "truck": 0.7}, [40, 40, 40, 40], 4), ("smote", None, [40, 20, 5, 20], 1)])
@@ -603,6 +567,8 @@ def test_smote_lies_between_a_picture_and_one_of_its_nearest_neighbours():
     images = whole.images.clone()
     images[whole.labels == 1] = 7  # all equal
     assert (data.smote(data._split(images, whole.labels), 0).images[42:] == 7).all()
+    alone = unequal([3, 1])  # a class of one picture
+    assert data.smote(alone, 0).images[4:].unique(dim=0).equal(alone.images[alone.labels == 1])
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
@@ -692,7 +658,6 @@ def test_scales_and_noise_in_pixels_of_0_to_1(scale, low, high):
     assert abs((noisy - result).mean().item()) < 0.002
     assert torch.equal(noisy, data.add_noise(result, 0.1, torch.Generator().manual_seed(0), scale))
     assert data.add_noise(result, 0.0, None, scale) is result
-    assert data.add_noise(result, 0.0, None, scale) is result
 
 
 def test_rotation_is_torchvisions_about_the_centre():
@@ -753,4 +718,4 @@ def test_importing_the_file_imports_torch_alone():
     """torchvision takes seconds at every start."""
     lines = Path(data.__file__).read_text().splitlines()
     modules = {line.split()[1].split(".")[0] for line in lines if line.startswith(("import ", "from "))}
-    assert modules - sys.stdlib_module_names == {"numpy", "torch"}
+    assert modules - sys.stdlib_module_names == {"numpy", "torch", "PIL"}
