@@ -7,7 +7,6 @@
 This file needs torch, torchvision (with Pillow) and numpy.
 """
 import contextlib
-import functools
 import hashlib
 import itertools
 import math
@@ -51,8 +50,8 @@ class Dataset:
 
     def map(self, change):
         """The Dataset with change(split) in place of each of its splits."""
-        splits = {name: getattr(self, name) for name in ("train", "test", "val", "labelled")}
-        return replace(self, **{name: change(split) for name, split in splits.items() if split is not None})
+        splits = {name: each for name, each in vars(self).items() if isinstance(each, Split)}
+        return replace(self, **{name: change(split) for name, split in splits.items()})
 
     def to(self, device):
         """The Dataset on a device."""
@@ -264,15 +263,15 @@ def _read_pictures(folder, files, size):
     with contextlib.suppress(Exception), np.load(cache) as kept:  # not there or damaged: whatever NumPy meets
         if kept["stamp"] == stamp.hexdigest():
             return kept["images"]
-    paths, read = [f"{folder}/{file}" for file in files], functools.partial(_pixels, size=size)
+    paths = [f"{folder}/{file}" for file in files]
     if len(paths) < CACHE_FROM or sys.platform != "linux":
-        pictures = list(map(read, paths))
+        pictures = list(map(_pixels, paths, itertools.repeat(size)))
     else:
         print(f"reading {len(paths):,} pictures", file=sys.stderr)
         # Not threads: Pillow decodes small pictures under Python's lock. Nor processes that are not forked:
         # they run a user's script again that has no `if __name__ == "__main__"`.
         with ProcessPoolExecutor(torch.get_num_threads(), multiprocessing.get_context("fork")) as pool:
-            pictures = list(pool.map(read, paths, chunksize=250))
+            pictures = list(pool.map(_pixels, paths, itertools.repeat(size), chunksize=250))
     damaged = [picture for picture in pictures if isinstance(picture, str)]
     if damaged:
         raise DataError(f"{len(damaged):,} of {len(paths):,} pictures cannot be read; mend or delete them: "
@@ -416,9 +415,8 @@ def _pick(split, rows):
 
 
 def _drawn(split, count, seed, name):
-    """A mask (N,) of `count` images, drawn with the seed, classes in proportion (rounded so that they add up;
-    at least one of each class where count allows). name: of the count in the DataError that is raised where
-    the Split has fewer."""
+    """A mask (N,) of `count` images, drawn with the seed, classes in proportion: rounded so that they add up,
+    at least one of each class where count allows. name: of the count, for the DataError."""
     n = len(split.labels)
     if not 0 < count <= n:
         raise DataError(f"{name} {count:,}: expected 1 to {n:,}, the images that there are")
@@ -428,9 +426,7 @@ def _drawn(split, count, seed, name):
     for label in labels.unique():
         in_class = (labels == label).nonzero().squeeze(1)
         share[in_class] = torch.arange(len(in_class), dtype=torch.float64) / len(in_class)
-    drawn = torch.zeros(n, dtype=torch.bool)
-    drawn[order[share.argsort(stable=True)[:count]]] = True
-    return drawn
+    return torch.zeros(n, dtype=torch.bool).index_fill_(0, order[share.argsort(stable=True)[:count]], True)
 
 
 def take(split, count, seed, name="count"):
@@ -534,8 +530,7 @@ def vary(split, classes, variant, shares, seed):
         shares = CONSTRAINED if set(CONSTRAINED) <= set(classes) else {}
     before = counts(split, len(classes))
     wanted = [round(count * shares.get(name, 1)) for name, count in zip(classes, before)]
-    fits = all(0 < each <= count for each, count in zip(wanted, before))
-    if not fits or not set(shares) <= set(classes):
+    if not set(shares) <= set(classes) or not all(0 < each <= count for each, count in zip(wanted, before)):
         raise DataError(f"variant {variant}, constrain {shares}: expected classes of {','.join(classes)} and "
                         "shares above 0, at most 1, that leave images of each class")
     if not shares and (variant == "constrained" or len(set(before)) == 1):
@@ -569,15 +564,6 @@ def _affine(images, shift, factor):
     b, c, h, w = images.shape
     rows = images.permute(0, 2, 3, 1).flatten(1).float()  # (B, H * W * C)
     return torch.addcmul(shift, rows, factor).view(b, h, w, c).permute(0, 3, 1, 2)
-
-
-def _gather(images, rows, columns):
-    """The pixels of images (B, C, H, W) in rows (B, h) and columns (B, w): (B, C, h, w)."""
-    b, c, h, w = images.shape
-    image = torch.arange(b, device=images.device)[:, None, None]
-    index = (image * h + rows[:, :, None]) * w + columns[:, None, :]  # (B, h, w)
-    pixels = images.permute(0, 2, 3, 1).reshape(-1, c).index_select(0, index.flatten())
-    return pixels.view(*index.shape, c).permute(0, 3, 1, 2)
 
 
 def normalise(images, size=None, margin=False, scale="imagenet"):
@@ -617,13 +603,17 @@ def rotate(images, angles):
     return F.grid_sample(images, F.affine_grid(theta, (b, c, h, w), align_corners=False), align_corners=False)
 
 
-def move(images, moves):
-    """Images (B, C, H, W), each moved by its moves (B, 2) int64, pixels down and right, less than its sides;
-    the border is reflected."""
-    def sources(side, moves):  # (B, side): the pixel that comes to each place
-        places = (torch.arange(side, device=images.device) - moves[:, None]).abs()
-        return side - 1 - (side - 1 - places).abs()
-    return _gather(images, *map(sources, images.shape[2:], moves.unbind(1)))
+def windows(images, corners, sides):
+    """A window of `sides` (h, w) of each image (B, C, H, W), the border reflected: (B, C, h, w). corners: the
+    row and the column where each begins, (B,) int64 both."""
+    b, c, height, width = images.shape
+    rows, columns = (
+        side - 1 - (side - 1 - (corner[:, None] + torch.arange(length, device=images.device)).abs()).abs()
+        for corner, length, side in zip(corners, sides, (height, width)))
+    image = torch.arange(b, device=images.device)[:, None, None]
+    index = (image * height + rows[:, :, None]) * width + columns[:, None, :]  # (B, h, w)
+    pixels = images.permute(0, 2, 3, 1).reshape(-1, c).index_select(0, index.flatten())
+    return pixels.view(*index.shape, c).permute(0, 3, 1, 2)
 
 
 def bounds(n, batch_size):
@@ -668,7 +658,7 @@ def batches(split, batch_size, epoch_seed=None, flip=False, size=None, margin=Fa
             turned = flipped[share, None, None, None]
             images = images.flip(3) * turned + images * ~turned  # torch.where takes twice the time
         if shifts:
-            images = move(images, moves[share])
+            images = windows(images, (-moves[share]).unbind(1), images.shape[2:])
         if degrees:
             images = rotate(images.float(), angles[share])
         if size:
@@ -677,8 +667,7 @@ def batches(split, batch_size, epoch_seed=None, flip=False, size=None, margin=Fa
             if offsets is None:
                 images = TF.center_crop(images, [size, size])
             else:
-                span = torch.arange(size, device=device)
-                rows, columns = ((offset[share, None] * (side - size + 1)).long() + span
-                                 for offset, side in zip(offsets.unbind(1), images.shape[2:]))
-                images = _gather(images, rows, columns)
+                corners = [(offset * (side - size + 1)).long()
+                           for offset, side in zip(offsets[share].unbind(1), images.shape[2:])]
+                images = windows(images, corners, (size, size))
         yield _affine(images, shift, factor), split.labels.index_select(0, order[share])
