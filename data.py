@@ -23,7 +23,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 
 
 class DataError(ValueError):
@@ -160,7 +159,7 @@ def _read_named(name, root, size, test_share, replaceable):
     except Exception as error:  # of the network or of a damaged file, whatever torchvision meets first
         reason = (f"{name} cannot be read from {root / files} or {root / name}/train, nor downloaded "
                   f"({' '.join(str(error).split())[:80]}); delete damaged files to download them again, or "
-                  "expected another data_dir, or shapes, which needs no files")
+                  "use another data_dir, or shapes, which needs no files")
         if present or not replaceable:
             raise DataError(reason) from None
         print(f"{'!' * 78}\nWARNING: {reason}\nWARNING: using the built-in set 'shapes' instead; its results "
@@ -296,6 +295,7 @@ def _read_pictures(folder, files, size):
 def _pixels(path, size=None):
     """A picture file as (H, W, 3) uint8, turned as its EXIF says, transparency onto white, fitted to size if
     it has more pixels; or, where it cannot be read, a line that says why."""
+    from PIL import Image, ImageOps
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
@@ -315,6 +315,7 @@ def _pixels(path, size=None):
 
 def _fit(pixels, height, width):
     """Pixels (H, W, 3) scaled, then cropped about the centre."""
+    from PIL import Image, ImageOps
     return np.asarray(ImageOps.fit(Image.fromarray(pixels), (width, height), Image.Resampling.BILINEAR))
 
 
@@ -324,6 +325,7 @@ def read_picture(path, channels=3, fit=None, blur=0.0):
     channels, fit: channels and (H, W) of the data set's images, to which a picture of another size is scaled
     and centre-cropped. blur: as for `load`. Raises DataError.
     """
+    from PIL import Image
     pixels = _pixels(path)
     if isinstance(pixels, str):
         raise DataError(pixels)

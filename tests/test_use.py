@@ -85,7 +85,7 @@ def state():
         numpy_seed=numpy.random.get_state()[1].tolist(), environment=dict(os.environ),
         signals=[signal.getsignal(each) for each in sorted(signal.valid_signals())], hook=sys.excepthook,
         filters=list(warnings.filters), timeout=socket.getdefaulttimeout(), folder=os.getcwd(),
-        streams=(sys.stdout, sys.stderr), heavy={"torchvision", "matplotlib"} & set(sys.modules))
+        streams=(sys.stdout, sys.stderr), heavy={"torchvision", "matplotlib", "PIL"} & set(sys.modules))
 
 before = state()
 for name in ("losses", "models", "data", "evaluate", "train"):
