@@ -4,23 +4,18 @@
     for images, labels in batches(dataset.train, 32, epoch_seed=0, flip=True):
         ...                                   # images (B, C, H, W) float32, normalised
 
-    # A tenth held out in dataset.val; half of the birds replaced by synthetic ones:
-    dataset = load("cifar10", val_share=0.1, variant="smote", constrain={"bird": 0.5}).to("cuda")
-
-`python data.py --dataset NAME` prints a set's classes and counts and saves a sheet of samples. This
-file needs torch, torchvision (with Pillow) and numpy, and matplotlib for the sheet.
+This file needs torch, torchvision (with Pillow) and numpy.
 """
-import argparse
 import contextlib
-import functools
 import hashlib
+import itertools
 import math
 import multiprocessing
 import os
 import socket
 import sys
 import zlib
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -54,8 +49,8 @@ class Dataset:
 
     def map(self, change):
         """The Dataset with change(split) in place of each of its splits."""
-        splits = {name: getattr(self, name) for name in ("train", "test", "val", "labelled")}
-        return replace(self, **{name: change(split) for name, split in splits.items() if split is not None})
+        splits = {name: each for name, each in vars(self).items() if isinstance(each, Split)}
+        return replace(self, **{name: change(split) for name, split in splits.items()})
 
     def to(self, device):
         """The Dataset on a device."""
@@ -85,12 +80,21 @@ def load(dataset=None, data_dir="data", *, size=None, classes=None, train_size=N
     share (1: all are, none is for training): neither the seed nor another file can move it.
 
     Then, in this order, all draws with the seed: `choose` classes, `take` train_size and test_size images,
-    `hold_out` val_share, `vary` by variant and constrain, `take` labels of the training images as .labelled,
-    `blurred` by blur. Raises DataError, which names the argument.
+    hold out val_share of the training images, `vary` them by variant and constrain, `take` the labels of some
+    as .labelled, `blurred` by blur. Raises DataError, which names the argument.
     """
-    if size is not None and size < 1:
-        raise DataError(f"size {size}: expected at least 1")
-    dataset = _read(dataset, Path(data_dir), size, test_share)
+    name = "cifar10" if dataset is None else str(dataset)
+    if name in NAMES:
+        dataset = _read_named(name, Path(data_dir), size, test_share, dataset is None)
+    elif name == "shapes":
+        dataset = shapes()
+    elif os.path.isdir(name):
+        dataset = _read_folder(Path(name), size, test_share)
+    elif name.endswith(".npz"):
+        dataset = _read_npz(Path(name))
+    else:
+        raise DataError(f"no data set {name!r}; expected one of {' '.join(NAMES)} shapes, a folder of "
+                        f"pictures ({LAYOUTS}), or an .npz file")
     dataset.files = dataset.files or list(range(len(dataset.test.labels)))
     images = (dataset.train.images, dataset.test.images)
     if not any((block > 25).any() for each in images for block in each.split(1000)):
@@ -98,26 +102,21 @@ def load(dataset=None, data_dir="data", *, size=None, classes=None, train_size=N
                         "that use their range: multiply them, 0 and 1 of 8 bits by 255, 12 bits of 16 by 16")
     if classes:
         dataset = choose(dataset, classes.split(",") if isinstance(classes, str) else classes)
-    lost = set(dataset.test.labels.tolist()) - set(dataset.train.labels.tolist())
-    if lost and test_share != 1:
-        raise DataError(f"test_share {test_share:g}: class {dataset.classes[min(lost)]!r} has test images "
-                        "alone; expected more pictures, another share, or folders train/ and test/")
     if train_size is not None:
         dataset.train = take(dataset.train, train_size, seed, "train_size")
     if test_size is not None:
-        index = Split(torch.arange(len(dataset.test.labels)), dataset.test.labels)
-        rows = take(index, test_size, seed, "test_size").images
-        dataset.test = _pick(dataset.test, rows)
-        dataset.files = [dataset.files[row] for row in rows]
+        rows = _drawn(dataset.test, test_size, seed, "test_size")
+        dataset.test, dataset.files = _pick(dataset.test, rows), list(itertools.compress(dataset.files, rows))
     if val_share:
         if dataset.val is not None:
             raise DataError(f"val_share {val_share:g}: {dataset.source} has a val/ of its own; leave one out")
-        dataset.train, dataset.val = hold_out(dataset.train, val_share, seed)
-        lost = set(dataset.val.labels.tolist()) - set(dataset.train.labels.tolist())
-        if lost:
-            raise DataError(f"val_share {val_share:g}: leaves no training image of class "
-                            f"{dataset.classes[min(lost)]!r}; expected two or more, or classes without it")
-    dataset.train, dataset.synthetic = vary(dataset.train, dataset.classes, variant, constrain, seed)
+        train, count = dataset.train, round(val_share * len(dataset.train.labels))
+        held = _drawn(train, count, seed, f"val_share {val_share:g}: count")
+        dataset.train, dataset.val = _pick(train, ~held), _pick(train, held)
+        if len(dataset.train.labels.unique()) < len(train.labels.unique()):
+            raise DataError(f"val_share {val_share:g}: leaves a class without training images; expected less")
+    if variant != "complete" or constrain:
+        dataset.train, dataset.synthetic = vary(dataset.train, dataset.classes, variant, constrain, seed)
     if labels is not None:
         dataset.labelled = take(dataset.train, labels, seed, "labels")
     return dataset.map(lambda split: Split(blurred(split.images, blur), split.labels)) if blur else dataset
@@ -127,40 +126,14 @@ def digest(dataset):
     """A hash of a Dataset's images and labels, 16 hexadecimal digits; of `shapes`, whose last bits depend on
     the processor, of the labels alone."""
     result = hashlib.sha256()
-    for split in (dataset.train, dataset.test, dataset.val, dataset.labelled):
-        if split is not None:
-            result.update(split.labels.cpu().numpy())
-            if dataset.source != DRAWN:  # channels last, as they lie in memory: no copy
-                result.update(split.images.permute(0, 2, 3, 1).contiguous().cpu().numpy())
+    for split in filter(None, (dataset.train, dataset.test, dataset.val, dataset.labelled)):
+        result.update(split.labels.cpu().numpy())
+        if dataset.source != DRAWN:  # channels last, as they lie in memory: no copy
+            result.update(split.images.permute(0, 2, 3, 1).contiguous().cpu().numpy())
     return result.hexdigest()[:16]
 
 
 # ---------------------------------------------------------------- reading
-
-def _read(dataset, root, size, test_share):
-    """The Dataset of a name, a folder or an .npz, as `load` says."""
-    name = "cifar10" if dataset is None else str(dataset)
-    if name in NAMES:
-        present = any(root.glob(NAMES[name][1]))
-        if not present and (root / name / "train").is_dir():
-            return _read_folder(root / name, size, test_share)
-        try:
-            return _read_named(name, root, present)
-        except DataError as error:
-            if present or dataset is not None:
-                raise
-            print(f"{'!' * 78}\nWARNING: {error}\nWARNING: using the built-in set 'shapes' instead; its "
-                  f"results say nothing about CIFAR-10.\n{'!' * 78}", file=sys.stderr)
-            name = "shapes"
-    if name == "shapes":
-        return shapes()
-    if os.path.isdir(name):
-        return _read_folder(Path(name), size, test_share)
-    if os.path.isfile(name) and name.endswith(".npz"):
-        return _read_npz(Path(name))
-    raise DataError(f"no data set {name!r}; expected one of {' '.join(NAMES)} shapes, a folder of pictures "
-                    f"({LAYOUTS}), or an .npz file")
-
 
 def _split(images, labels):
     """A Split of images (N, H, W), (N, H, W, C) or (N, C, H, W) and labels, tensors or arrays."""
@@ -172,26 +145,31 @@ def _split(images, labels):
     return Split(images.contiguous(memory_format=torch.channels_last), torch.as_tensor(labels).long())
 
 
-def _read_named(name, root, present):
-    """A set of NAMES as torchvision keeps it below root, downloaded unless some of it is present."""
-    from torchvision import datasets
+def _read_named(name, root, size, test_share, replaceable):
+    """A set of NAMES as torchvision keeps it below root, else the folder of pictures there, else downloaded;
+    where that fails and it is replaceable, `shapes`."""
     kind, files, *arguments = NAMES[name]
-    splits, timeout = [], socket.getdefaulttimeout()
+    present, timeout = any(root.glob(files)), socket.getdefaulttimeout()
+    if not present and (root / name / "train").is_dir():
+        return _read_folder(root / name, size, test_share)
+    from torchvision import datasets
     socket.setdefaulttimeout(20)  # for a network that never answers
     try:
-        for each in arguments:
-            subset = getattr(datasets, kind)(root, download=not present, **each)
-            splits.append(_split(subset.data, subset.labels if name == "svhn" else subset.targets))
+        sets = [getattr(datasets, kind)(root, download=not present, **each) for each in arguments]
     except Exception as error:  # of the network or of a damaged file, whatever torchvision meets first
-        reason = f"({' '.join(str(error).split())[:80]})"
-        if present:
-            raise DataError(f"{root / files}: damaged {reason}; delete it to download it again") from None
-        raise DataError(f"{name} is neither in {root}/ nor in {root / name}/train, and cannot be downloaded "
-                        f"{reason}; expected another data_dir, or shapes, which needs no files") from None
+        reason = (f"{name} cannot be read from {root / files} or {root / name}/train, nor downloaded "
+                  f"({' '.join(str(error).split())[:80]}); delete damaged files to download them again, or "
+                  "use another data_dir, or shapes, which needs no files")
+        if present or not replaceable:
+            raise DataError(reason) from None
+        print(f"{'!' * 78}\nWARNING: {reason}\nWARNING: using the built-in set 'shapes' instead; its results "
+              f"say nothing about CIFAR-10.\n{'!' * 78}", file=sys.stderr)
+        return shapes()
     finally:
         socket.setdefaulttimeout(timeout)
-    classes = [each.split(" - ")[0] for each in getattr(subset, "classes", "0123456789")]  # MNIST: "0 - zero"
-    return Dataset(name, f"{root} (torchvision)", classes, *splits)
+    splits = [_split(each.data, each.labels if name == "svhn" else each.targets) for each in sets]
+    classes = getattr(sets[0], "classes", "0123456789")  # MNIST's: "0 - zero"
+    return Dataset(name, f"{root} (torchvision)", [each.split(" - ")[0] for each in classes], *splits)
 
 
 def _read_npz(path):
@@ -205,16 +183,14 @@ def _read_npz(path):
     splits, count = [], len(np.unique(arrays["y_train"]))
     for part in ("train", "test"):
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"].ravel()
-        if x.dtype.kind == "f" and x.size and x.min() >= 0 and x.max() <= 1:
+        if x.dtype.kind == "f" and x.min() >= 0 and x.max() <= 1:
             x = (255 * x).round().astype(np.uint8)
-        numbers = y.dtype.kind in "iu" and len(x) == len(y) > 0
-        if x.dtype != np.uint8 or x.ndim not in (3, 4) or not numbers:
-            raise DataError(f"{path}: x_{part} is {x.dtype} {x.shape}, y_{part} {y.dtype} {y.shape}; "
-                            "expected images (N, H, W), (N, H, W, C) or (N, C, H, W), uint8 or floats of 0 "
-                            "to 1, and N whole numbers")
-        if y.min() < 0 or y.max() >= count:
-            raise DataError(f"{path}: y_{part} is from {y.min()} to {y.max()}; expected 0 to {count - 1}, as "
-                            f"y_train has {count} different labels")
+        fits = x.dtype == np.uint8 and x.ndim in (3, 4) and y.dtype.kind in "iu" and len(x) == len(y)
+        if not fits or y.min() < 0 or y.max() >= count:
+            raise DataError(f"{path}: x_{part} is {x.dtype} {x.shape}, y_{part} {y.dtype} {y.shape} of "
+                            f"{np.unique(y)[[0, -1]]}; expected images (N, H, W), (N, H, W, C) or (N, C, H, "
+                            f"W), uint8 or floats of 0 to 1, and N whole numbers of 0 to {count - 1}, as "
+                            f"y_train has {count} different ones")
         splits.append(_split(x, y))
     train, test = (tuple(split.images.shape[1:]) for split in splits)
     classes = list(map(str, arrays.get("classes", np.arange(count))))
@@ -228,9 +204,7 @@ def _read_npz(path):
 
 LAYOUTS = "train/<class>/* and test/<class>/*, <class>/*, or the folder itself"
 HIDDEN = (".", "__", "@eaDir")  # so begin the names of hidden and system files and folders
-# What Pillow reads by itself. Its own list would import all its formats, and try each of them on every file.
-ENDINGS = set(".apng .avif .bmp .dds .dib .gif .icns .ico .j2k .jfif .jp2 .jpe .jpeg .jpf .jpg .jpx .pbm "
-              ".pcx .pgm .png .pnm .ppm .psd .qoi .sgi .tga .tif .tiff .webp .xbm .xpm".split())
+ENDINGS = set(".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pgm .png .ppm .tga .tif .tiff .webp".split())
 CACHE_FROM = 1000  # from this many pictures on, the decoded ones are kept in the folder
 
 
@@ -239,35 +213,35 @@ def _read_folder(folder, size, test_share):
     listed = []
     for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith(HIDDEN))
-        above = "" if Path(place) == folder else Path(place).relative_to(folder).as_posix() + "/"
-        listed += [above + name for name in sorted(names) if not name.startswith(HIDDEN)]
+        above = Path(place).relative_to(folder).parts
+        listed += ["/".join((*above, name)) for name in sorted(names) if not name.startswith(HIDDEN)]
     pictures = [file for file in listed if os.path.splitext(file)[1].lower() in ENDINGS]
-    parts, rows = _parts(folder, pictures), []  # rows: (part, class, file)
+    tops = {file.split("/")[0] for file in pictures if "/" in file}
+    parts = {top: top.lower() for top in tops if top.lower() in ("train", "test", "val")}
+    parts = parts if "train" in parts.values() else {}  # without it each folder is a class
+    depth, rows = max((file.count("/") for file in pictures), default=0), []  # rows: (part, class, file)
     for file in pictures:
-        above = file.split("/")[:-1]
-        if parts:
-            part = parts.get(above.pop(0) if above else None)
-        else:
-            part = "test" if zlib.crc32(os.fsencode(file)) < test_share * 2**32 else "train"
-        if part:
-            rows.append((part, above[0] if above else None, file))
-    if not any(name for _, name, _ in rows):
-        rows = [(part, folder.absolute().name, file) for part, _, file in rows]
-    rows = [row for row in rows if row[1]]
+        *above, _ = file.split("/")
+        if len(above) > 1 + bool(parts) or parts and above and above[0] not in parts:
+            raise DataError(f"{(folder / file).parent}: pictures are not read from here; expected {LAYOUTS}; "
+                            "rename the parts to train and test, or load the folder that holds them")
+        if len(above) == depth:
+            share = zlib.crc32(os.fsencode(file)) / 2**32
+            part = parts[above.pop(0)] if parts else "test" if share < test_share else "train"
+            rows.append((part, above[0] if above else folder.absolute().name, file))
     left = set(listed) - {file for _, _, file in rows}
     if left:
-        kinds = sorted({os.path.splitext(file)[1].lower() or "none" for file in left})
-        print(f"{folder}: {len(left):,} files left out (endings: {' '.join(kinds)}); pictures are read from "
+        print(f"{folder}: {len(left):,} files left out, such as {min(left)}; pictures are read from "
               f"{LAYOUTS}", file=sys.stderr)
-    for part in ("test", *parts.values()):
-        if not any(row[0] == part for row in rows):
-            raise DataError(f"{folder}: has no {part} pictures; expected them in {LAYOUTS}; without test/, "
-                            f"more pictures or a test_share above {test_share:g}")
-    classes = sorted({name for part, name, _ in rows if part == "train" or not parts})
+    if "test" not in {part for part, _, _ in rows}:
+        raise DataError(f"{folder}: has no test pictures; expected {LAYOUTS}; rename val to test, or, "
+                        f"without train/, add pictures or raise the test_share of {test_share:g}")
+    classes = sorted({name for part, name, _ in rows if part == "train" or test_share == 1})
     number = {name: label for label, name in enumerate(classes)}
-    for _, name, file in rows:
-        if name not in number:
-            raise DataError(f"{folder / file}: of no training class; expected one of {','.join(classes)}")
+    lost = [file for _, name, file in rows if name not in number]
+    if lost:
+        raise DataError(f"{folder / lost[0]}: of no training class; one of {','.join(classes)}, or, without "
+                        f"train/, more pictures of its class or another test_share than {test_share:g}")
     images, splits = _read_pictures(folder, [file for _, _, file in rows], size), {}
     for part in {"train", *(row[0] for row in rows)}:
         chosen = [i for i, row in enumerate(rows) if row[0] == part]
@@ -277,83 +251,51 @@ def _read_folder(folder, size, test_share):
                    files=[file for part, _, file in rows if part == "test"])
 
 
-def _parts(folder, pictures):
-    """{folder: the part that it is, "train", "test" or "val"}, or {} where there are classes alone."""
-    inner = {}  # {folder: the folders in it that have pictures, "" for pictures in itself}
-    for top, *rest in (picture.split("/") for picture in pictures):
-        if rest:
-            inner.setdefault(top, set()).add(rest[0] if rest[1:] else "")
-    roles = {top: part for top in inner for part in ("train", "test", "val") if top.lower().startswith(part)}
-    # Beside others it is a part only if it has folders: a class may be called "trains".
-    parts = {top: part for top, part in roles.items() if inner[top] != {""} or len(roles) == len(inner)}
-    if sorted(parts.values()) == ["train", "val"]:
-        print(f"{folder}: the pictures of val are the test images, as it has no others", file=sys.stderr)
-        return {top: part.replace("val", "test") for top, part in parts.items()}
-    if sorted(parts.values()) in (["test", "train"], ["test", "train", "val"]):
-        return parts
-    contents = next(iter(inner.values()), set())
-    alike = len(contents) > 1 and "" not in contents and all(each == contents for each in inner.values())
-    if alike or len(parts) > 1 or any(inner[top] != {""} for top in parts):
-        tops = sorted(inner if alike else parts)
-        raise DataError(f"{folder}: has the parts {' '.join(tops[:9])}, which cannot be told apart; expected "
-                        f"{LAYOUTS}; the data set {folder / tops[0]} is that part alone")
-    return {}
-
-
 def _read_pictures(folder, files, size):
-    """The pictures of a folder, (N, H, W, C) uint8: decoded or, if no file's name, size or time has changed
-    since, as they were kept in it."""
-    stamp, cache, new = hashlib.sha256(), folder / ".cache.npz", folder / f".cache.{os.getpid()}.npz"
+    """The pictures of a folder, (N, H, W, C) uint8; C is 1 if all are grey. Decoded or, if no file's name,
+    size or time has changed since they were decoded to this size, as they were kept. Raises DataError."""
+    stamp = hashlib.sha256(f"{size}\0".encode())
+    cache, new = folder / ".cache.npz", folder / f".cache.{os.getpid()}.npz"
     for file in files:
         status = os.stat(f"{folder}/{file}")
         stamp.update(os.fsencode(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0"))
     with contextlib.suppress(Exception), np.load(cache) as kept:  # not there or damaged: whatever NumPy meets
         if kept["stamp"] == stamp.hexdigest():
-            fitted, images = kept["fitted"], kept["images"]
-            if fitted == size or not fitted and (size is None or math.prod(images.shape[1:3]) <= size * size):
-                return images
-    images = _decode([f"{folder}/{file}" for file in files], size)
-    fitted = size if images.shape[1:3] == (size, size) else 0  # 0: as they are
-    if len(files) >= CACHE_FROM:
+            return kept["images"]
+    paths = [f"{folder}/{file}" for file in files]
+    if len(paths) < CACHE_FROM or sys.platform != "linux":
+        pictures = list(map(_pixels, paths, itertools.repeat(size)))
+    else:
+        print(f"reading {len(paths):,} pictures", file=sys.stderr)
+        # Not threads: Pillow decodes small pictures under Python's lock. Nor processes that are not forked:
+        # they run a user's script again that has no `if __name__ == "__main__"`.
+        with ProcessPoolExecutor(torch.get_num_threads(), multiprocessing.get_context("fork")) as pool:
+            pictures = list(pool.map(_pixels, paths, itertools.repeat(size), chunksize=250))
+    damaged = [picture for picture in pictures if isinstance(picture, str)]
+    if damaged:
+        raise DataError(f"{len(damaged):,} of {len(paths):,} pictures cannot be read; mend or delete them: "
+                        + "; ".join(damaged[:5] + ["..."] * (len(damaged) > 5)))
+    unequal = [path for path, picture in zip(paths, pictures) if picture.shape != pictures[0].shape]
+    if unequal and size is None:
+        raise DataError(f"{unequal[0]}: is not of the size of {paths[0]}; expected equal sizes, or a size to "
+                        "which all are scaled and cropped, such as --size 32")
+    images = np.stack([_fit(picture, size, size) for picture in pictures] if unequal else pictures)
+    if all((image == image[..., :1]).all() for image in images):
+        images = images[..., :1].copy()
+    if len(paths) >= CACHE_FROM:
         with contextlib.suppress(OSError):  # no right or no room to write
             try:
-                np.savez(new, stamp=stamp.hexdigest(), fitted=fitted, images=images)
+                np.savez(new, stamp=stamp.hexdigest(), images=images)
                 os.replace(new, cache)
             finally:
                 new.unlink(missing_ok=True)
     return images
 
 
-def _decode(paths, size):
-    """Picture files as (N, H, W, C) uint8; C is 1 if all are grey. Raises DataError of all damaged ones."""
-    workers, read = torch.get_num_threads(), functools.partial(_pixels, size=size)
-    if len(paths) < CACHE_FROM:
-        pictures = list(map(read, paths))
-    else:
-        print(f"reading {len(paths):,} pictures", file=sys.stderr)
-        # Not threads: Pillow decodes small pictures under Python's lock. Nor processes that are not forked:
-        # they run a user's script again that has no `if __name__ == "__main__"`.
-        fork = sys.platform == "linux" and multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(workers, fork) if fork else ThreadPoolExecutor(workers) as pool:
-            pictures = list(pool.map(read, paths, chunksize=250))
-    damaged = [picture for picture in pictures if isinstance(picture, str)]
-    if damaged:
-        more = f"; and {len(damaged) - 5:,} more" if damaged[5:] else ""
-        raise DataError(f"{len(damaged):,} of {len(paths):,} pictures cannot be read; mend or delete them: "
-                        f"{'; '.join(damaged[:5])}{more}")
-    unequal = [path for path, picture in zip(paths, pictures) if picture.shape != pictures[0].shape]
-    if unequal and size is None:
-        raise DataError(f"{unequal[0]}: is not of the size of {paths[0]}; expected equal sizes, or a size to "
-                        "which all are scaled and cropped, such as --size 32")
-    images = np.stack([_fit(picture, size, size) for picture in pictures] if unequal else pictures)
-    blocks = np.array_split(images, len(images) // 1000 + 1)
-    return images[..., :1].copy() if all((block == block[..., :1]).all() for block in blocks) else images
-
-
 def _pixels(path, size=None):
     """A picture file as (H, W, 3) uint8, turned as its EXIF says, transparency onto white, fitted to size if
     it has more pixels; or, where it cannot be read, a line that says why."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
@@ -366,8 +308,6 @@ def _pixels(path, size=None):
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             pixels = np.asarray(image.convert("RGB"))
-    except UnidentifiedImageError:  # its words name the file again
-        return f"{path}: not a picture"
     except Exception as error:  # of a damaged file, whatever Pillow meets first
         return f"{path}: {getattr(error, 'strerror', None) or error}"
     return _fit(pixels, size, size) if size is not None and pixels[..., 0].size > size * size else pixels
@@ -408,26 +348,16 @@ def _triangle(x, y, size):  # its tip upwards (y negative)
     return torch.maximum(y - size / 2, 0.866 * x.abs() - 0.5 * y - size / 2)
 
 
-def _star(x, y):  # five points; its edge over the angle to the nearest one
-    turn = 2 * math.pi / 5
-    angle = (torch.remainder(torch.atan2(y, x), turn) - turn / 2).abs()
-    return torch.hypot(x, y) - (0.45 + 0.55 * (angle / (turn / 2)) ** 2)
-
-
-def _heart(x, y):
-    u, v = x * 1.1, -y * 1.1 + 0.15
-    return torch.hypot(u, v - 0.75 * u.abs().sqrt()) - 0.8
-
-
 OUTSIDE = {
     "circle": lambda x, y: torch.hypot(x, y) - 0.8,
     "ring": lambda x, y: (torch.hypot(x, y) - 0.7).abs() - 0.2,
     "square": lambda x, y: _box(x, y, 0.7, 0.7),
     "triangle": lambda x, y: _triangle(x, y, 1.0),
-    "star": _star,
+    "star": lambda x, y: torch.hypot(x, y) - (  # five points; its edge over the angle to the nearest one
+        0.45 + 0.55 * ((torch.atan2(y, x).remainder(2 * math.pi / 5) - math.pi / 5) / (math.pi / 5)) ** 2),
     "cross": lambda x, y: torch.minimum(_box(x, y, 0.95, 0.28), _box(x, y, 0.28, 0.95)),
     "crescent": lambda x, y: torch.maximum(torch.hypot(x, y) - 0.9, 0.72 - torch.hypot(x - 0.42, y)),
-    "heart": _heart,
+    "heart": lambda x, y: torch.hypot(x * 1.1, 0.15 - y * 1.1 - 0.75 * (x * 1.1).abs().sqrt()) - 0.8,
     "arrow": lambda x, y: torch.minimum(_triangle(x * 1.2, (y + 0.35) * 1.2, 0.9),
                                         _box(x, y - 0.4, 0.2, 0.6)),
     "bars": lambda x, y: _box(x.abs() - 0.5, y, 0.25, 0.9),  # two, upright
@@ -469,8 +399,7 @@ def shapes(train=10_000, test=2_000, side=32, seed=7):
     for label, outside in enumerate(OUTSIDE.values()):
         rows = labels == label  # the edge is one pixel wide: distances are in units of the shape's size
         cover[rows] = (0.5 - outside(x[rows], y[rows]) * size[rows] * side / 2).clamp(0, 1)[:, None]
-    images = below + (above - below) * cover
-    images += 0.02 * torch.randn(images.shape, generator=g)
+    images = below + (above - below) * cover + 0.02 * torch.randn(n, 3, side, side, generator=g)
     images = (images.clamp(0, 1) * 255).round().to(torch.uint8)
     return Dataset("shapes", DRAWN, list(SHAPES), *map(_split, images.split([train, test]),
                                                        labels.split([train, test])))
@@ -487,53 +416,39 @@ def _pick(split, rows):
     return Split(split.images[rows], split.labels[rows])
 
 
-def _drawn(split, count, seed):
-    """Rows of `count` images, drawn with the seed, classes in proportion (rounded so that they add up; at
-    least one of each class where count allows), in the set's order."""
+def _drawn(split, count, seed, name):
+    """A mask (N,) of `count` images, drawn with the seed, classes in proportion: rounded so that they add up,
+    at least one of each class where count allows. name: of the count, for the DataError."""
     n = len(split.labels)
+    if not 0 < count <= n:
+        raise DataError(f"{name} {count:,}: expected 1 to {n:,}, the images that there are")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     # Each image's rank within its class, as a share of that class; the smallest shares win.
-    labels, share = split.labels.cpu()[order], torch.empty(n, dtype=torch.float64)
+    labels, share = split.labels[order], torch.empty(n, dtype=torch.float64)
     for label in labels.unique():
         in_class = (labels == label).nonzero().squeeze(1)
         share[in_class] = torch.arange(len(in_class), dtype=torch.float64) / len(in_class)
-    return order[share.argsort(stable=True)[:count]].sort().values
+    return torch.zeros(n, dtype=torch.bool).index_fill_(0, order[share.argsort(stable=True)[:count]], True)
 
 
 def take(split, count, seed, name="count"):
-    """`count` images of a Split, drawn with the seed, classes in proportion. name: of the count in the
-    DataError that is raised where the Split has fewer."""
-    if not 0 < count <= len(split.labels):
-        raise DataError(f"{name} {count:,}: expected 1 to {len(split.labels):,}, the images that there are")
-    return _pick(split, _drawn(split, count, seed))
-
-
-def hold_out(split, share, seed):
-    """(training set, validation set): a share (0 to 1) of the images, drawn with the seed, classes in
-    proportion, goes to the second. Raises DataError."""
-    n, count = len(split.labels), round(share * len(split.labels))
-    if not 0 < count < n:
-        raise DataError(f"val_share {share:g}: is {count:,} of {n:,} images; expected 1 to {n - 1:,}")
-    held = torch.zeros(n, dtype=torch.bool)
-    held[_drawn(split, count, seed)] = True
-    return _pick(split, ~held), _pick(split, held)
+    """`count` images of a Split, in its order, as `_drawn` draws them. Raises DataError."""
+    return _pick(split, _drawn(split, count, seed, name))
 
 
 def choose(dataset, names):
     """The Dataset of the classes of those names alone, renumbered in the set's order. Raises DataError."""
-    kept = [label for label, name in enumerate(dataset.classes) if name in names]
-    rows = torch.isin(dataset.test.labels, torch.tensor(kept)).tolist()
-    if len(kept) < len(names) or not any(rows):
+    kept = torch.tensor([label for label, name in enumerate(dataset.classes) if name in names])
+    rows = torch.isin(dataset.test.labels, kept)
+    if len(kept) < len(names) or not rows.any():
         raise DataError(f"classes {','.join(names)}: expected, each once, classes of {dataset.name} with "
                         f"test images: {','.join(dataset.classes)}")
-    number = torch.full((len(dataset.classes),), -1)
-    number[kept] = torch.arange(len(kept))
 
     def change(split):
-        labels = number[split.labels]
-        return _pick(Split(split.images, labels), labels >= 0)
+        images, labels = _pick(split, torch.isin(split.labels, kept))
+        return Split(images, torch.searchsorted(kept, labels))
     return replace(dataset.map(change), classes=[dataset.classes[label] for label in kept],
-                   files=dataset.files and [file for file, row in zip(dataset.files, rows) if row])
+                   files=dataset.files and list(itertools.compress(dataset.files, rows)))
 
 
 def blurred(images, sigma):
@@ -577,29 +492,24 @@ def nearest(queries, references, k, chunk=500):
 def smote(split, seed, k=5):
     """Every class grown to the largest one's size by synthetic pictures (SMOTE, Chawla et al. 2002), each a
     random point on the line between a picture of the class and one of its k nearest neighbours there. The
-    synthetic ones stand after all others. Raises DataError."""
+    synthetic ones stand after all others."""
     generator = torch.Generator().manual_seed(seed)
     before, images, labels = counts(split, 0), [split.images], [split.labels]
     for label, count in enumerate(before):
         missing = max(before) - count
         if not missing:
             continue
-        if count < 2:
-            raise DataError(f"variant smote: class {label} has {count} training images; expected two or more")
         in_class = split.images[split.labels == label]
         pixels = in_class.flatten(1).float() - 127.5
-        neighbours = nearest(pixels, pixels, min(k + 1, count))
-        other = neighbours != torch.arange(count)[:, None]  # a picture is not its own neighbour ...
-        other[other.all(1), -1] = False                     # ... nor among them, where others are equal to it
-        neighbours = neighbours[other].view(count, -1)
+        # The nearest is the picture itself, or one equal to it. A class of one picture has no other.
+        neighbours = nearest(pixels, pixels, min(k + 1, count))[:, min(1, count - 1):]
         # Each picture equally often, the remainder drawn, as in the paper.
         turns = [torch.randperm(count, generator=generator) for _ in range(math.ceil(missing / count))]
         base = torch.cat(turns)[:missing]
         partner = neighbours[base, torch.randint(neighbours.shape[1], (missing,), generator=generator)]
-        for one, two in zip(base.split(1000), partner.split(1000)):
-            gap = torch.rand(len(one), 1, generator=generator)
-            between = pixels[one].lerp(pixels[two], gap) + 127.5
-            images.append(between.round().to(torch.uint8).view(-1, *in_class.shape[1:]))
+        gap = torch.rand(missing, 1, generator=generator)
+        between = pixels[base].lerp(pixels[partner], gap) + 127.5
+        images.append(between.round().to(torch.uint8).view(-1, *in_class.shape[1:]))
         labels.append(torch.full((missing,), label))
     return Split(torch.cat(images).contiguous(memory_format=torch.channels_last), torch.cat(labels))
 
@@ -616,20 +526,15 @@ def vary(split, classes, variant, shares, seed):
     smallest one, "oversampled" repeats images up to the largest one, "smote" adds synthetic ones. Returns the
     Split and how many of its images, the last ones, are synthetic. Raises DataError.
     """
-    if variant == "complete" and not shares:
-        return split, 0
     if variant not in VARIANTS[1:]:
         raise DataError(f"variant {variant}: one of {' '.join(VARIANTS)}, with constrain not complete")
     if shares is None:
         shares = CONSTRAINED if set(CONSTRAINED) <= set(classes) else {}
-    for name, share in shares.items():
-        if name not in classes or not 0 < share <= 1:
-            raise DataError(f"constrain {name}={share:g}: expected one of {','.join(classes)} and a share "
-                            "above 0, at most 1")
     before = counts(split, len(classes))
     wanted = [round(count * shares.get(name, 1)) for name, count in zip(classes, before)]
-    if 0 in wanted:
-        raise DataError(f"constrain: leaves no training image of class {classes[wanted.index(0)]!r}")
+    if not set(shares) <= set(classes) or not all(0 < each <= count for each, count in zip(wanted, before)):
+        raise DataError(f"variant {variant}, constrain {shares}: expected classes of {','.join(classes)} and "
+                        "shares above 0, at most 1, that leave images of each class")
     if not shares and (variant == "constrained" or len(set(before)) == 1):
         raise DataError(f"variant {variant}: leaves all images as they are; expected shares to keep, such as "
                         f"constrain {classes[0]}=0.5")
@@ -663,30 +568,14 @@ def _affine(images, shift, factor):
     return torch.addcmul(shift, rows, factor).view(b, h, w, c).permute(0, 3, 1, 2)
 
 
-def _crop(images, size, margin, offsets=None):
-    """Images brought to size x size, as `normalise` says. offsets: (B, 2), from 0 (top, left) to 1, where
-    each image's crop lies; the centre where None."""
-    if size is None or not margin and tuple(images.shape[2:]) == (size, size):
-        return images
-    from torchvision.transforms.v2 import functional as TF
-    images = TF.resize(images, [size * 8 // 7 if margin else size], antialias=True)
-    if offsets is None:
-        return TF.center_crop(images, [size, size])
-    span, image = (torch.arange(count, device=images.device) for count in (size, len(images)))
-    top, left = ((offsets[:, axis] * (images.shape[2 + axis] - size + 1)).long() for axis in (0, 1))
-    rows, columns = (top[:, None] + span)[:, :, None], (left[:, None] + span)[:, None, :]
-    return images.permute(0, 2, 3, 1)[image[:, None, None], rows, columns].permute(0, 3, 1, 2)
-
-
 def normalise(images, size=None, margin=False, scale="imagenet"):
     """Images (B, C, H, W) of 0-255 as the network sees them: float32, minus mean, over std.
 
     size: bring them to size x size first: shorter side scaled (bilinear), then cropped in the centre. margin:
     scale to 8/7 of size before the crop, as ImageNet's 256 and 224. scale: a name of SCALES.
     """
-    images = _crop(images, size, margin)
-    mean, std = _mean_std(images.shape[1], math.prod(images.shape[2:]), images.device, scale)
-    return _affine(images, -mean / std, 1 / (255 * std))
+    split = Split(images, torch.zeros(len(images), device=images.device))
+    return next(batches(split, len(images), size=size, margin=margin, scale=scale))[0]
 
 
 def to_pixels(normalised, scale="imagenet"):
@@ -703,8 +592,7 @@ def add_noise(images, std, generator, scale="imagenet"):
     b, c, h, w = images.shape
     noise = torch.randn(b, h * w * c, generator=generator, device=images.device)
     _, scale_std = _mean_std(c, h * w, images.device, scale)
-    noise *= std / scale_std
-    return images + noise.view(b, h, w, c).permute(0, 3, 1, 2)
+    return images + noise.mul_(std / scale_std).view(b, h, w, c).permute(0, 3, 1, 2)
 
 
 def rotate(images, angles):
@@ -717,19 +605,17 @@ def rotate(images, angles):
     return F.grid_sample(images, F.affine_grid(theta, (b, c, h, w), align_corners=False), align_corners=False)
 
 
-def move(images, moves):
-    """Images (B, C, H, W), each moved by its moves (B, 2) int64, pixels down and right, less than its sides;
-    the border is reflected."""
-    b, c, h, w = images.shape
-
-    def sources(side, moves):  # (B, side): the pixel that comes to each place
-        places = (torch.arange(side, device=images.device) - moves[:, None]).abs()
-        return side - 1 - (side - 1 - places).abs()
-    rows, columns = sources(h, moves[:, 0]), sources(w, moves[:, 1])
+def windows(images, corners, sides):
+    """A window of `sides` (h, w) of each image (B, C, H, W), the border reflected: (B, C, h, w). corners: the
+    row and the column where each begins, (B,) int64 both."""
+    b, c, height, width = images.shape
+    rows, columns = (
+        side - 1 - (side - 1 - (corner[:, None] + torch.arange(length, device=images.device)).abs()).abs()
+        for corner, length, side in zip(corners, sides, (height, width)))
     image = torch.arange(b, device=images.device)[:, None, None]
-    index = (image * h + rows[:, :, None]) * w + columns[:, None, :]  # (B, H, W)
+    index = (image * height + rows[:, :, None]) * width + columns[:, None, :]  # (B, h, w)
     pixels = images.permute(0, 2, 3, 1).reshape(-1, c).index_select(0, index.flatten())
-    return pixels.view(b, h, w, c).permute(0, 3, 1, 2)
+    return pixels.view(*index.shape, c).permute(0, 3, 1, 2)
 
 
 def bounds(n, batch_size):
@@ -750,13 +636,13 @@ def batches(split, batch_size, epoch_seed=None, flip=False, size=None, margin=Fa
     pixels, borders reflected. degrees: rotate each by up to so many, either way. size: scale to this side.
     margin: crop each anywhere, with epoch_seed None in the centre. All are drawn from the same seed. part:
     (rank, processes): that process's share of every batch; all are equal, what is left over is left out.
-    rounds: passes over the split, each in another order. Raises DataError.
+    rounds: passes over a shuffled split, each in another order. Raises DataError.
     """
     n, device, (rank, processes) = rounds * len(split.labels), split.images.device, part
     if shifts >= min(split.images.shape[2:]):
         raise DataError(f"shifts by {shifts} pixels: expected less than the images' sides")
-    generator = torch.Generator().manual_seed(0 if epoch_seed is None else epoch_seed)
-    order = torch.arange(n) % len(split.labels) if epoch_seed is None else torch.cat(
+    generator = torch.Generator().manual_seed(epoch_seed or 0)
+    order = torch.arange(n) if epoch_seed is None else torch.cat(
         [torch.randperm(len(split.labels), generator=generator) for _ in range(rounds)])
     flipped = (torch.rand(n, generator=generator) < 0.5).to(device)
     offsets = torch.rand(n, 2, generator=generator).to(device) if margin and epoch_seed is not None else None
@@ -769,74 +655,21 @@ def batches(split, batch_size, epoch_seed=None, flip=False, size=None, margin=Fa
     shift, factor = -mean / std, 1 / (255 * std)
     for start, stop in bounds(n, batch_size):
         share = slice(start + rank, stop - (stop - start) % processes, processes)
-        rows = order[share]
-        images = pixels.index_select(0, rows).permute(0, 3, 1, 2)
+        images = pixels.index_select(0, order[share]).permute(0, 3, 1, 2)
         if flip:
             turned = flipped[share, None, None, None]
             images = images.flip(3) * turned + images * ~turned  # torch.where takes twice the time
         if shifts:
-            images = move(images, moves[share])
+            images = windows(images, (-moves[share]).unbind(1), images.shape[2:])
         if degrees:
             images = rotate(images.float(), angles[share])
-        images = _crop(images, size, margin, None if offsets is None else offsets[share])
-        yield _affine(images, shift, factor), split.labels.index_select(0, rows)
-
-
-# ---------------------------------------------------------------- python data.py
-
-def drawable(text, instead):
-    """A text for a picture, or another one where matplotlib's font lacks one of its letters."""
-    from matplotlib import font_manager
-    font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
-    return text if all(font.get_char_index(ord(letter)) for letter in text) else instead
-
-
-def save_samples(dataset, path):
-    """Saves a sheet of up to ten images of each of the first 20 classes."""
-    from matplotlib.figure import Figure
-    from torchvision.utils import make_grid
-    split, kind = (dataset.train, "training") if len(dataset.train.labels) else (dataset.test, "test")
-    names, images = [drawable(name, str(label)) for label, name in enumerate(dataset.classes)][:20], []
-    for label in range(len(names)):
-        in_class = split.images[split.labels == label][:10]
-        images += [*in_class, *[torch.full_like(split.images[0], 255)] * (10 - len(in_class))]
-    grid = make_grid(images, nrow=10, padding=2, pad_value=255)
-    figure = Figure(figsize=(8, 0.4 + 7 * grid.shape[1] / grid.shape[2]))
-    axis = figure.subplots()
-    axis.imshow(grid.permute(1, 2, 0).numpy())
-    title = f"up to ten {kind} images of each of {len(names)} of {len(dataset.classes)} classes"
-    axis.set_title(f"{drawable(dataset.name, 'set')}: {title}", parse_math=False)  # a name may have two $
-    places = [(images[0].shape[1] + 2) * (row + 0.5) for row in range(len(names))]
-    axis.set(xticks=[])
-    axis.set_yticks(places, names, parse_math=False)
-    axis.spines[:].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-
-
-def main(argv):
-    parser = argparse.ArgumentParser(description="Prints a data set's counts and saves a sheet of samples.")
-    parser.add_argument("--dataset", help=f"{' '.join(NAMES)} shapes, a folder or an .npz; default: cifar10")
-    parser.add_argument("--data-dir", default="data", help="where named sets lie")
-    parser.add_argument("--size", type=int, help="scale and crop a folder's pictures of unequal sizes")
-    parser.add_argument("--test-share", type=float, default=0.2, help="of a folder without test/")
-    parser.add_argument("--output", default="outputs", help="where the sheet goes")
-    args = parser.parse_args(argv)
-    sys.stdout.reconfigure(errors="replace")  # class names in letters that the console lacks
-    try:
-        dataset = load(args.dataset, args.data_dir, size=args.size, test_share=args.test_share)
-        path = Path(args.output, f"{dataset.name}_samples.png")
-        shape = "x".join(map(str, dataset.test.images.shape[1:]))
-        print(f"{dataset.name}: {dataset.source}, {len(dataset.classes)} classes, images {shape}")
-        print(f"{'class':<24}{'train':>8}{'test':>8}")
-        columns = [counts(split, len(dataset.classes)) for split in (dataset.train, dataset.test)]
-        for name, train, test in (*zip(dataset.classes, *columns), ("total", *map(sum, columns))):
-            print(f"{name:<24}{train:>8,}{test:>8,}")
-        save_samples(dataset, path)
-    except (DataError, OSError) as error:
-        parser.exit(2, f"data.py: error: {error}\n")
-    print(f"saved {path}")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+        if size:
+            from torchvision.transforms.v2 import functional as TF
+            images = TF.resize(images, [size * 8 // 7 if margin else size], antialias=True)
+            if offsets is None:
+                images = TF.center_crop(images, [size, size])
+            else:
+                corners = [(offset * (side - size + 1)).long()
+                           for offset, side in zip(offsets[share].unbind(1), images.shape[2:])]
+                images = windows(images, corners, (size, size))
+        yield _affine(images, shift, factor), split.labels.index_select(0, order[share])

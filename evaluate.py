@@ -356,7 +356,14 @@ def new_figure(width, height, **options):
 
 def shown(names, kind="class"):
     """Names as a picture can show them: by their number where matplotlib's font lacks a letter."""
-    return [data.drawable(name, f"{kind} {i}") for i, name in enumerate(names)]
+    return [drawable(name, f"{kind} {i}") for i, name in enumerate(names)]
+
+
+def drawable(text, instead):
+    """A text for a picture, or another one where matplotlib's font lacks one of its letters."""
+    from matplotlib import font_manager
+    font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
+    return text if all(font.get_char_index(ord(letter)) for letter in text) else instead
 
 
 def save_figure(figure, path):
@@ -365,7 +372,7 @@ def save_figure(figure, path):
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # a name may have two $
         lines = text.get_text().split("\n")
-        text.set_text("\n".join(data.drawable(line, line.encode("ascii", "replace").decode()) for line in lines))
+        text.set_text("\n".join(drawable(line, line.encode("ascii", "replace").decode()) for line in lines))
     write_whole(path, lambda part: figure.savefig(part, dpi=150, bbox_inches="tight", format="png"))
 
 

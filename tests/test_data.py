@@ -1,14 +1,9 @@
 """Sets from each source, their draws, and their batches against the plain computation."""
-import functools
-import gzip
-import io
 import math
 import os
 import struct
-import sys
-import warnings
 import zlib
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -29,12 +24,12 @@ def save(path, colour=(90, 100, 200), side=8, mode="RGB"):
     Image.new(mode, (side, side), colour).save(path)
 
 
-def make_folder(root, parts=(("train", 3), ("test", 2)), classes=("ant", "bee"), **arguments):
+def make_folder(root, parts=(("train", 3), ("test", 2)), classes=("ant", "bee")):
     """A folder of pictures: picture i of class c in a part is filled with 10 * c + i."""
     for part, count in parts:
         for label, name in enumerate(classes):
             for i in range(count):
-                save(root / part / name / f"{i}.png", (10 * label + i, 100, 200), **arguments)
+                save(root / part / name / f"{i}.png", (10 * label + i, 100, 200))
     return root
 
 
@@ -44,92 +39,57 @@ def values(split):
 
 
 def assert_equal(one, two):
-    """Two Datasets are the same in all fields."""
-    assert (one.name, one.source, one.classes, one.synthetic, one.named) == (
-        two.name, two.source, two.classes, two.synthetic, two.named)
-    for part in ("train", "test", "val", "labelled"):
-        a, b = getattr(one, part), getattr(two, part)
-        assert (a is None) == (b is None), part
-        assert a is None or torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels), part
-
-
-def numbered(n, channels=3, height=4, width=5, classes=2):
-    """A Split whose image i is recognised by its values."""
-    pixels = torch.arange(n * channels * height * width) % 251
-    return data._split(pixels.view(n, channels, height, width).to(torch.uint8), torch.arange(n) % classes)
+    """Two Datasets are the same in all fields but files."""
+    for name, a in vars(replace(one, files=two.files)).items():
+        b = getattr(two, name)
+        same = map(torch.equal, a, b) if isinstance(a, Split) and b is not None else [a == b]
+        assert all(same), name
 
 
 # ---------------------------------------------------------------- folders of pictures
 
-@pytest.mark.parametrize("train, test", [("train", "test"), ("training_set", "test_set"), ("Train", "Tests")])
-def test_a_folder_of_train_and_test(tmp_path, train, test):
-    """As two classes, "test_set" and "training_set", they were trained on."""
-    dataset = data.load(str(make_folder(tmp_path / "bugs", parts=((train, 3), (test, 2)))))
-    assert dataset.name == "bugs" and dataset.classes == ["ant", "bee"] and dataset.val is None
+@pytest.mark.parametrize("train, test", [("train", "test"), ("Train", "TEST")])
+def test_a_folder_of_train_test_and_val(tmp_path, train, test):
+    root = make_folder(tmp_path / "bugs", parts=((train, 3), ("val", 1), (test, 2)))
+    dataset = data.load(str(root))
+    assert dataset.name == "bugs" and dataset.classes == ["ant", "bee"]
     assert dataset.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert values(dataset.train) == [0, 1, 2, 10, 11, 12] and values(dataset.test) == [0, 1, 10, 11]
+    assert [values(getattr(dataset, part)) for part in ("train", "val", "test")] == [
+        [0, 1, 2, 10, 11, 12], [0, 10], [0, 1, 10, 11]]
     assert dataset.test.images.shape == (4, 3, 8, 8) and (dataset.test.images[:, 2] == 200).all()
     assert dataset.files == [f"{test}/{name}/{i}.png" for name in ("ant", "bee") for i in (0, 1)]
+    with pytest.raises(DataError, match="val_share 0.5: .*val/ of its own"):
+        data.load(str(root), val_share=0.5)
 
 
-def test_hidden_and_system_files_are_no_pictures(tmp_path):
+@pytest.mark.parametrize("parts, expected", [
+    (("training_set", "test_set"), "test_set/ant: pictures are not read from here; .*rename the parts"),
+    (("test", "val"), "test/ant: pictures are"), (("a/train", "a/test"), "a/test/ant: pictures are"),
+    (("train/big", "test"), "train/big/ant: pictures are"), (("train",), "has no test pictures"),
+    (("train", "val"), "has no test pictures.*; rename val to test"),
+    (("train", "testing", "test"), "testing/ant: pictures are .*rename")])
+def test_folders_that_are_neither_parts_nor_classes_are_refused(tmp_path, parts, expected):
+    """As two classes, "test_set" and "training_set", they were trained on."""
+    make_folder(tmp_path, parts=[(part, 2) for part in parts])
+    with pytest.raises(DataError, match=expected) as error:
+        data.load(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_hidden_files_are_no_pictures_and_what_is_left_out_is_said(tmp_path, capsys):
     """A notebook's copies of training images came into the test; an Apple double refused the whole folder."""
     expected = data.load(str(make_folder(tmp_path)))
     for place in ("train/ant/.ipynb_checkpoints", "test/.x", ".git/ant", "__MACOSX/train", "train/@eaDir"):
         save(tmp_path / place / "0.png")
     (tmp_path / "train/bee/._0.png").write_bytes(b"not a picture")
     assert_equal(data.load(str(tmp_path)), expected)
-
-
-@pytest.mark.parametrize("parts", [
-    ("photos_2019", "photos_2020"), ("train", "training", "test"), ("train",), ("test", "val"), ("archive",),
-    ("train", "dev")])
-def test_parts_that_cannot_be_told_apart_are_refused(tmp_path, parts):
-    make_folder(tmp_path, parts=[(part, 2) for part in parts])
-    with pytest.raises(DataError, match="cannot be told apart"):
-        data.load(str(tmp_path))
-
-
-def test_a_class_may_be_called_as_a_part_is(tmp_path):
-    make_folder(tmp_path, parts=(("", 10),), classes=("bus", "trains", "valley"))
-    assert data.load(str(tmp_path)).classes == ["bus", "trains", "valley"]
-
-
-def test_val_beside_train_and_test_is_held_out(tmp_path):
-    make_folder(tmp_path, parts=(("train", 3), ("valid", 1), ("test", 2)))
-    dataset = data.load(str(tmp_path), classes="bee")
-    assert values(dataset.train) == [10, 11, 12]
-    assert values(dataset.val) == [10] and values(dataset.test) == [10, 11]
-    with pytest.raises(DataError, match="val_share 0.5: .*val/ of its own"):
-        data.load(str(tmp_path), val_share=0.5)
-
-
-def test_val_without_test_is_the_test_and_said(tmp_path, capsys):
-    dataset = data.load(str(make_folder(tmp_path, parts=(("training", 3), ("validation", 2)))))
-    assert dataset.classes == ["ant", "bee"] and dataset.val is None
-    assert values(dataset.test) == [0, 1, 10, 11]
-    assert "the pictures of val are the test images" in capsys.readouterr().err
-
-
-def test_what_is_left_out_is_said(tmp_path, capsys):
-    make_folder(tmp_path)
-    assert data.load(str(tmp_path)) and capsys.readouterr().err == ""
+    assert capsys.readouterr().err == ""
     for name in ("train/ant/notes.txt", "train/labels.csv", "LICENSE"):
         (tmp_path / name).write_text("words")
     save(tmp_path / "train/of-no-class.png")
-    assert len(data.load(str(tmp_path)).train.labels) == 6
+    assert_equal(data.load(str(tmp_path)), expected)
     line = capsys.readouterr().err
-    assert line.count("\n") == 1 and "4 files left out (endings: .csv .png .txt none)" in line
-
-
-def test_what_pillow_reads_is_read(tmp_path, capsys):
-    endings = ["jfif", "gif", "tif", "tiff", "bmp", "webp", "png", "JPG", "jpeg", "ppm"]
-    for part in ("train", "test"):
-        for ending in endings:
-            save(tmp_path / part / f"ant/a.{ending}", (100, 100, 100))
-    dataset = data.load(str(tmp_path))
-    assert len(dataset.test.labels) == 10 and capsys.readouterr().err == ""
-    assert (dataset.test.images.int() - 100).abs().max() <= 2
+    assert line.count("\n") == 1 and "4 files left out, such as LICENSE; pictures are" in line
 
 
 def test_all_damaged_pictures_are_named_at_once(tmp_path):
@@ -137,7 +97,7 @@ def test_all_damaged_pictures_are_named_at_once(tmp_path):
     picture = (tmp_path / "train/ant/0.png").read_bytes()
     for i in range(7):
         (tmp_path / f"train/ant/{i}.png").write_bytes(picture[:45] if i % 2 else b"words")
-    with pytest.raises(DataError, match="7 of 20 pictures cannot be read.*; and 2 more") as error:
+    with pytest.raises(DataError, match="7 of 20 pictures cannot be read.*; ...") as error:
         data.load(str(tmp_path))
     assert [f"ant/{i}.png" in str(error.value) for i in range(7)] == [True] * 5 + [False] * 2
     assert "\n" not in str(error.value)
@@ -149,7 +109,8 @@ def test_a_test_set_may_lack_a_class(tmp_path):
     dataset = data.load(str(tmp_path))
     assert dataset.classes == ["ant", "bee", "cow"] and dataset.test.labels.tolist() == [1, 1, 2, 2]
     chosen = data.choose(dataset, ["ant", "cow"])
-    assert chosen.test.labels.tolist() == [1, 1] and chosen.files == ["test/cow/0.png", "test/cow/1.png"]
+    assert chosen.classes == ["ant", "cow"] and chosen.test.labels.tolist() == [1, 1]
+    assert values(chosen.test) == [10, 11] and chosen.files == ["test/cow/0.png", "test/cow/1.png"]
     save(tmp_path / "test/wasp/0.png")
     with pytest.raises(DataError, match="test/wasp/0.png: of no training class"):
         data.load(str(tmp_path))
@@ -157,7 +118,7 @@ def test_a_test_set_may_lack_a_class(tmp_path):
 
 def test_pictures_alone_are_one_class(tmp_path):
     for i in range(20):
-        save(tmp_path / f"photos/{i}.png", (i, 100, 200))
+        save(tmp_path / f"photos/{i}.PNG", (i, 100, 200))
     dataset = data.load(str(tmp_path / "photos"), test_share=0.5)
     assert dataset.classes == ["photos"] and len(dataset.train.labels) > 3 and len(dataset.test.labels) > 3
     assert sorted(values(dataset.train) + values(dataset.test)) == list(range(20))
@@ -182,12 +143,10 @@ def test_a_checksum_of_its_name_makes_a_picture_a_test_image(tmp_path):
 
 def test_a_class_without_training_images_is_refused(tmp_path):
     root = make_folder(tmp_path, parts=(("", 10),))
-    for i in range(10):
-        if i not in (6, 7):  # whose checksums are 0.19 and 0.05 of the range
-            (root / f"bee/{i}.png").unlink()
-    with pytest.raises(DataError, match="test_share 0.2.*'bee'"):
+    for i in {*range(10)} - {6, 7}:  # the checksums of those are 0.19 and 0.05 of the range
+        (root / f"bee/{i}.png").unlink()
+    with pytest.raises(DataError, match="bee/6.png: of no training class; .*test_share than 0.2"):
         data.load(str(root))
-    assert len(data.load(str(root), classes=["ant"]).train.labels) > 0
     assert data.load(str(root), test_share=0.1).test.labels.tolist().count(1) == 1
     with pytest.raises(DataError, match="has no test pictures"):
         data.load(str(root), test_share=1e-6)
@@ -211,10 +170,9 @@ def test_unequal_pictures_need_a_size(tmp_path):
     dataset = data.load(str(tmp_path), size=6)
     assert dataset.train.images.shape == (7, 3, 6, 6) and values(dataset.train)[:3] == [0, 1, 2]
     assert (dataset.train.images[3, :, :, 1:5] == 255).all()  # its edges are smoothed
-    assert data.load(str(tmp_path), size=64).train.images.shape == (7, 3, 64, 64)
     (tmp_path / "train/ant/9.png").unlink()
-    assert data.load(str(tmp_path), size=64).train.images.shape == (6, 3, 8, 8)  # equal: scaled by `batches`
-    assert data.load(str(tmp_path), size=4).train.images.shape == (6, 3, 4, 4)
+    for size, side in ((64, 8), (4, 4)):  # equal pictures are scaled up by `batches`
+        assert data.load(str(tmp_path), size=size).train.images.shape == (6, 3, side, side)
 
 
 def test_a_folder_is_grey_only_if_all_its_pictures_are(tmp_path):
@@ -229,39 +187,32 @@ def test_a_folder_is_grey_only_if_all_its_pictures_are(tmp_path):
     assert mixed.test.images[-1, :, 0, 0].tolist() == [255, 0, 0]
 
 
-@pytest.fixture
-def decodes(monkeypatch):
-    """A list that grows at each decoding of a folder; every folder is large enough for a cache."""
-    calls, decode = [], data._decode
-    monkeypatch.setattr(data, "CACHE_FROM", 4)
-    monkeypatch.setattr(data, "_decode", lambda *arguments: calls.append(1) or decode(*arguments))
-    return calls
-
-
 @pytest.mark.parametrize("change", [
     lambda picture, cache: os.utime(picture, ns=(1, 1)), lambda picture, cache: picture.unlink(),
     lambda picture, cache: picture.rename(picture.parent.parent / "bee/9.png"),
     lambda picture, cache: cache.write_bytes(cache.read_bytes()[:-200]),
     lambda picture, cache: cache.write_bytes(cache.read_bytes().replace(b"\xc8", b"\xc9"))],
     ids=["time", "deleted", "moved", "cut", "damaged"])
-def test_a_folder_is_decoded_once_until_it_changes(tmp_path, decodes, change):
+def test_a_folder_is_decoded_once_until_it_changes(tmp_path, monkeypatch, capsys, change):
     root = make_folder(tmp_path / "bugs")
-    alone = data._decode([root / f"train/ant/{i}.png" for i in range(3)], None)
-    first = data.load(str(root))  # by several processes
-    assert np.array_equal(first.train.images[:3].permute(0, 2, 3, 1), alone)
-    assert_equal(data.load(str(root)), first)
-    assert len(decodes) == 2 and [path.name for path in root.glob(".*")] == [".cache.npz"]
+    expected = data.load(str(root))
+    monkeypatch.setattr(data, "CACHE_FROM", 4)
+    for decoded in (1, 0):  # by several processes; as it was kept
+        assert_equal(data.load(str(root)), expected)
+        assert capsys.readouterr().err.count("reading 10 pictures") == decoded
+    assert [path.name for path in root.glob(".*")] == [".cache.npz"]
     change(root / "train/ant/1.png", root / ".cache.npz")
     changed = data.load(str(root))
-    assert len(decodes) == 3
+    assert "reading" in capsys.readouterr().err
     assert_equal(data.load(str(root)), changed)
-    assert len(decodes) == 3
+    assert not capsys.readouterr().err
 
 
-def test_a_cache_serves_the_size_that_it_is_of_if_it_can_be_written(tmp_path, decodes, monkeypatch):
+def test_a_cache_is_of_one_size_and_is_written_if_it_can_be(tmp_path, monkeypatch, capsys):
     root = make_folder(tmp_path / "bugs")
-    sides = [data.load(str(root), size=size).train.images.shape[2] for size in (None, 16, 8, 4, 4, None)]
-    assert sides == [8, 8, 8, 4, 4, 8] and len(decodes) == 3  # None, 4 and None again
+    monkeypatch.setattr(data, "CACHE_FROM", 4)
+    sides = [data.load(str(root), size=size).train.images.shape[2] for size in (None, None, 16, 4, 4, None)]
+    assert sides == [8, 8, 8, 4, 4, 8] and capsys.readouterr().err.count("reading") == 4
     (root / ".cache.npz").unlink()
     monkeypatch.setattr(np, "savez", lambda *arguments, **more: open(tmp_path))  # an OSError
     assert len(data.load(str(root)).train.labels) == 6 and not list(root.glob(".cache*"))
@@ -269,24 +220,18 @@ def test_a_cache_serves_the_size_that_it_is_of_if_it_can_be_written(tmp_path, de
 
 # ---------------------------------------------------------------- pictures
 
-@pytest.mark.parametrize("mode, expected", [
-    ("RGB", (200, 100, 50)), ("L", (90, 90, 90)), ("P", (200, 100, 50)), ("1", (255, 255, 255)),
-    ("RGBA", (255, 255, 255)), ("I;16", (117, 117, 117)), ("I", (117, 117, 117)), ("CMYK", (200, 100, 50))])
-def test_pictures_of_every_mode(tmp_path, mode, expected):
-    path = tmp_path / {"CMYK": "a.jpg", "I": "a.tif"}.get(mode, "a.png")
-    if mode.startswith("I"):
-        picture = Image.fromarray(np.full((4, 6), 30000, np.uint16 if mode == "I;16" else np.int32))
-    elif mode == "RGBA":
-        picture = Image.new("RGBA", (6, 4), (200, 100, 50, 0))  # wholly transparent: white
-    elif mode in ("P", "CMYK"):
-        picture = Image.new("RGB", (6, 4), (200, 100, 50)).convert(mode)
-    else:
-        picture = Image.new(mode, (6, 4), {"RGB": (200, 100, 50), "L": 90, "1": 1}[mode])
-    picture.save(path)
-    pixels = data.read_picture(path)
-    assert pixels.shape == (1, 3, 4, 6) and pixels.dtype == torch.uint8
+@pytest.mark.parametrize("name, mode, colour, expected", [
+    ("a.png", "RGB", (200, 100, 50), (200, 100, 50)), ("a.png", "L", 90, (90, 90, 90)),
+    ("a.png", "1", 1, (255, 255, 255)), ("a.png", "P", (200, 100, 50), (200, 100, 50)),
+    ("a.png", "RGBA", (200, 100, 50, 0), (255, 255, 255)), ("a.png", "I;16", 30_000, (117, 117, 117)),
+    ("a.tif", "I", 30_000, (117, 117, 117)), ("a.jpg", "CMYK", (55, 155, 205, 0), (200, 100, 50))])
+def test_pictures_of_every_mode(tmp_path, name, mode, colour, expected):
+    """Wholly transparent is white."""
+    save(tmp_path / name, colour, mode=mode)
+    pixels = data.read_picture(tmp_path / name)
+    assert pixels.shape == (1, 3, 8, 8) and pixels.dtype == torch.uint8
     misses = (pixels.permute(0, 2, 3, 1).int() - torch.tensor(expected)).abs()
-    assert misses.max() <= (8 if mode in "CMYK P" else 0)
+    assert misses.max() <= (8 if mode == "CMYK" else 0)
 
 
 @pytest.mark.parametrize("value", [0.7, 70_000, -1], ids=["float", "17 bits", "negative"])
@@ -298,24 +243,21 @@ def test_pictures_of_32_bits_are_refused(tmp_path, value):
 
 def test_pictures_of_12_bits_in_16_are_refused(tmp_path):
     """Divided by 256 they are black: at most 15 of 255."""
-    for part in ("train", "test"):
-        (tmp_path / part / "ant").mkdir(parents=True)
-        for i in range(2):
-            Image.fromarray(np.full((4, 4), 4095, np.uint16)).save(tmp_path / part / f"ant/{i}.png")
+    for file in ("train/ant/0.png", "train/ant/1.png", "test/ant/0.png"):
+        save(tmp_path / file, 4095, mode="I;16")
     with pytest.raises(DataError, match="no pixel of the whole set exceeds 25 of 255"):
         data.load(str(tmp_path))
-    Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(tmp_path / "train/ant/1.png")
+    save(tmp_path / "train/ant/1.png", 40_000, mode="I;16")
     assert values(data.load(str(tmp_path)).train) == [15, 156]
 
 
 @pytest.mark.parametrize("channels, fit, blur", [(3, (6, 6), 0.0), (1, (6, 6), 0.0), (3, (6, 6), 1.5)])
 def test_a_single_picture_is_read_as_the_test_images_are(tmp_path, channels, fit, blur):
     """Turned by EXIF, of the set's channels and size, blurred."""
-    noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
-    noise = noise if channels == 3 else noise[..., :1].repeat(3, 2)
+    noise = np.random.default_rng(0).integers(0, 256, (8, 8, channels), np.uint8).repeat(3 // channels, 2)
     exif = Image.Exif()
     exif[0x0112] = 6  # turned to the right
-    for part, size in (("train", fit[0]), ("test", 8)):
+    for part, size in (("train", 6), ("test", 8)):
         (tmp_path / part / "ant").mkdir(parents=True)
         Image.fromarray(noise).resize((size, size)).save(tmp_path / part / "ant/0.png", exif=exif)
     dataset = data.load(str(tmp_path), size=6, blur=blur)
@@ -325,13 +267,6 @@ def test_a_single_picture_is_read_as_the_test_images_are(tmp_path, channels, fit
     turned = data.read_picture(tmp_path / "test/ant/0.png", channels)
     expected = torch.from_numpy(np.rot90(noise[..., :channels], -1).copy())
     assert torch.equal(turned[0].permute(1, 2, 0), expected)
-
-
-def test_a_picture_of_far_too_many_pixels_is_refused(tmp_path, monkeypatch):
-    save(tmp_path / "a.png", side=100)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4_000)
-    with pytest.raises(DataError, match="a.png: "):
-        data.read_picture(tmp_path / "a.png")
 
 
 # ---------------------------------------------------------------- .npz, named sets
@@ -355,17 +290,11 @@ def test_an_npz_in_each_layout(tmp_path):
     assert torch.equal(dataset.train.images, torch.from_numpy(first))
     assert dataset.classes == ["0", "1", "2"] and not dataset.named
     grey = np.full((6, 4, 5), 99, np.uint8)
-    dataset = data.load(npz(tmp_path / "c.npz", x_train=grey, x_test=grey[:2],
-                            y_train=np.array([[0], [1], [2], [0], [1], [2]])))
+    column = np.arange(6)[:, None] % 3
+    dataset = data.load(npz(tmp_path / "c.npz", x_train=grey, x_test=grey[:2], y_train=column))
     assert dataset.train.images.shape == (6, 1, 4, 5) and dataset.train.labels.shape == (6,)
-
-
-def test_floats_of_0_to_1_are_scaled(tmp_path):
-    pixels = np.linspace(0, 1, 6 * 4 * 4 * 3, dtype=np.float32).reshape(6, 4, 4, 3)
-    dataset = data.load(npz(tmp_path / "a.npz", x_train=pixels, x_test=pixels[:2]))
-    expected = torch.from_numpy(pixels).permute(0, 3, 1, 2) * 255
-    assert dataset.train.images.dtype == torch.uint8
-    assert (dataset.train.images - expected).abs().max() <= 0.501
+    floats = data.load(npz(tmp_path / "d.npz", x_train=first / 255, x_test=first[:2] / 255))
+    assert torch.equal(floats.train.images, torch.from_numpy(first))
 
 
 @pytest.mark.parametrize("changes, expected", [
@@ -375,13 +304,11 @@ def test_floats_of_0_to_1_are_scaled(tmp_path):
     (dict(x_train=np.zeros(6, np.uint8)), r"x_train is uint8 \(6,\)"),
     (dict(x_train=np.full((6, 4, 5, 2), 99, np.uint8)), "1 or 3 channels"),
     (dict(x_test=np.zeros((2, 4, 4, 3), np.uint8)), "expected one shape"),
-    (dict(x_train=np.ones((6, 4, 5, 3), np.uint8)), "no pixel of the whole set exceeds 25 of 255"),
     (dict(y_train=np.array([0, 1, 2])), r"y_train int64 \(3,\)"),
-    (dict(y_train=np.array([0., 1, 2, 0, 1, 2])), "y_train float64"),
     (dict(y_train=np.array(list("abcabc"))), "y_train <U1"),
-    (dict(y_train=np.array([0, 1, -1, 0, 1, 2])), "y_train is from -1"),
-    (dict(y_train=np.array([1, 2, 3, 1, 2, 3])), "from 1 to 3; expected 0 to 2"),
-    (dict(y_test=np.array([0, 3])), "y_test is from 0 to 3"),
+    (dict(y_train=np.array([0, 1, -1, 0, 1, 2])), r"y_train int64 \(6,\) of \[-1  2\]"),
+    (dict(y_train=np.array([1, 2, 3, 1, 2, 3])), r"of \[1 3\]; .* numbers of 0 to 2"),
+    (dict(y_test=np.array([0, 3])), r"y_test int64 \(2,\) of \[0 3\]"),
     (dict(classes=np.array(["a"])), "1 classes; expected .* 3 classes")])
 def test_an_unusable_npz(tmp_path, changes, expected):
     with pytest.raises(DataError, match=expected) as error:
@@ -399,48 +326,38 @@ def test_other_paths_are_refused(tmp_path):
             data.load(str(tmp_path / name))
 
 
-PIXELS = np.arange(3 * 28 * 28).reshape(3, 28, 28).astype(np.uint8)
+PIXELS, LABELS = np.arange(3 * 28 * 28).reshape(3, 28, 28).astype(np.uint8), np.array([7, 0, 4], np.uint8)
 
 
 def write_mnist(root):
     """Files as torchvision keeps them: big-endian headers, then bytes."""
-    raw = root / "MNIST/raw"
-    raw.mkdir(parents=True)
     for part in ("train", "t10k"):
-        for name, magic, array in (("images-idx3-ubyte", 2051, PIXELS),
-                                   ("labels-idx1-ubyte", 2049, np.array([7, 0, 4], np.uint8))):
+        for name, magic, array in (("images-idx3", 2051, PIXELS), ("labels-idx1", 2049, LABELS)):
             header = struct.pack(f">{array.ndim + 1}i", magic, *array.shape)
-            (raw / f"{part}-{name}").write_bytes(header + array.tobytes())
-            with gzip.open(raw / f"{part}-{name}.gz", "wb") as file:
-                file.write(header + array.tobytes())
-    return raw
+            path = root / f"MNIST/raw/{part}-{name}-ubyte"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(header + array.tobytes())
 
 
 @pytest.fixture
 def no_network(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise OSError("no network in this test")
-    monkeypatch.setattr("urllib.request.urlopen", refuse)
-
-
-def test_mnist_in_torchvisions_layout(tmp_path, no_network):
-    write_mnist(tmp_path)
-    dataset = data.load("mnist", tmp_path)
-    assert torch.equal(dataset.train.images, torch.from_numpy(PIXELS)[:, None])
-    assert dataset.test.labels.tolist() == [7, 0, 4] and dataset.classes[7] == "7" and dataset.named
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: open("/no network in this test"))
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.write_bytes(path.read_bytes()[:100]),
                                     lambda path: path.write_bytes(b""), lambda path: path.unlink()])
-def test_damaged_files_of_torchvision_are_named_and_not_hidden(tmp_path, no_network, damage):
-    for path in write_mnist(tmp_path).glob("t10k-images*"):
-        damage(path)
-    with pytest.raises(DataError, match=r"MNIST/raw/\*: damaged .*; delete") as error:
+def test_files_of_torchvision_are_read_and_damaged_ones_not_hidden(tmp_path, no_network, damage):
+    write_mnist(tmp_path)
+    dataset = data.load("mnist", tmp_path)
+    assert torch.equal(dataset.train.images, torch.from_numpy(PIXELS)[:, None])
+    assert dataset.test.labels.tolist() == [7, 0, 4] and dataset.classes[7] == "7" and dataset.named
+    damage(tmp_path / "MNIST/raw/t10k-images-idx3-ubyte")
+    with pytest.raises(DataError, match=r"mnist cannot be read from .*MNIST/raw/\*.*; delete") as error:
         data.load("mnist", tmp_path)
     assert "\n" not in str(error.value)
     (tmp_path / "cifar-10-batches-py").mkdir()
     (tmp_path / "cifar-10-batches-py/data_batch_1").write_bytes(b"cut")
-    with pytest.raises(DataError, match=r"cifar-10-batches-py/\*: damaged"):
+    with pytest.raises(DataError, match=r"cannot be read from .*cifar-10-batches-py/\*"):
         data.load(None, tmp_path)  # shapes do not stand in for it
 
 
@@ -454,12 +371,12 @@ def test_a_named_set_is_found_as_a_folder_of_pictures(tmp_path, no_network):
 
 def test_without_a_name_shapes_stand_in_with_a_warning(tmp_path, no_network, few_shapes, capsys, monkeypatch):
     for name in ("cifar10", "mnist", "mnist"):  # what a failed download leaves is not taken for the set
-        with pytest.raises(DataError, match=f"{name} is neither in .* cannot be downloaded .*shapes"):
+        with pytest.raises(DataError, match=f"{name} cannot be read from .*, nor downloaded .*shapes"):
             data.load(name, tmp_path / "data")
     monkeypatch.chdir(make_folder(tmp_path / "cifar10").parent)  # a folder does not hide the set of its name
     assert data.load(None, tmp_path / "data").name == "shapes"
     warning = capsys.readouterr().err
-    assert "WARNING: cifar10 is neither" in warning and "say nothing about CIFAR-10" in warning
+    assert "WARNING: cifar10 cannot be read" in warning and "say nothing about CIFAR-10" in warning
     assert data.load("./cifar10").classes == ["ant", "bee"]
 
 
@@ -468,13 +385,14 @@ def test_without_a_name_shapes_stand_in_with_a_warning(tmp_path, no_network, few
 @pytest.fixture
 def few_shapes(monkeypatch):
     """The built-in set of 200 + 100 images, quickly drawn."""
-    monkeypatch.setattr(data, "shapes", functools.partial(data.shapes, 200, 100))
+    monkeypatch.setattr(data, "shapes", lambda draw=data.shapes: draw(200, 100))
 
 
 def test_load_is_its_steps_called_one_by_one(few_shapes):
     expected, shares = data.choose(data.shapes(), ["ring", "star", "bars"]), {"ring": 0.5, "star": 0.3}
     expected.train, expected.test = data.take(expected.train, 50, 3), data.take(expected.test, 9, 3)
-    expected.train, expected.val = data.hold_out(expected.train, 0.2, 3)
+    held = data._drawn(expected.train, 10, 3, "")
+    expected.train, expected.val = (data._pick(expected.train, rows) for rows in (~held, held))
     expected.train, expected.synthetic = data.vary(expected.train, expected.classes, "smote", shares, 3)
     expected.labelled = data.take(expected.train, 20, 3)
     expected = expected.map(lambda split: Split(data.blurred(split.images, 0.7), split.labels))
@@ -488,14 +406,13 @@ def test_load_is_its_steps_called_one_by_one(few_shapes):
     (dict(classes=["dog"]), "classes dog: expected"), (dict(classes="ring,ring"), "ring,ring: .* each once"),
     (dict(train_size=201), "train_size 201: expected 1 to 200"), (dict(train_size=-3), "train_size -3: "),
     (dict(test_size=0), "test_size 0: expected 1 to 100"), (dict(labels=201), "labels 201: expected 1 to "),
-    (dict(val_share=0.001), "val_share 0.001: is 0 of 200"), (dict(val_share=0.97), "val_share 0.97: .*no "),
+    (dict(val_share=0.001), "val_share 0.001: count 0: "), (dict(val_share=0.97), "0.97: leaves a class"),
     (dict(variant="oversample"), "variant oversample: one of complete"),
     (dict(constrain={"ring": 0.5}), "variant complete: .*with constrain not complete"),
     (dict(variant="constrained"), "variant constrained: leaves all images as they are"),
-    (dict(variant="constrained", constrain={"cat": 0.5}), "constrain cat=0.5: expected one of circle"),
-    (dict(variant="constrained", constrain={"ring": 2.5}), "constrain ring=2.5: .*above 0, at most 1"),
-    (dict(variant="constrained", constrain={"ring": 0.001}), "constrain: leaves no .*'ring'"),
-    (dict(variant="smote", constrain={"ring": 0.05}), "variant smote: class 1 has 1 training images")])
+    (dict(variant="constrained", constrain={"cat": 0.5}), "'cat': 0.5}: expected classes of circle"),
+    (dict(variant="constrained", constrain={"ring": 2.5}), "'ring': 2.5}: .*above 0, at most 1"),
+    (dict(variant="constrained", constrain={"ring": 0.001}), "leave images of each class")])
 def test_an_error_names_its_argument(arguments, expected, few_shapes):
     with pytest.raises(DataError, match=expected):
         data.load("shapes", **arguments)
@@ -505,14 +422,12 @@ def test_an_error_names_its_argument(arguments, expected, few_shapes):
 def test_a_digest_is_of_each_pixel_and_label(part):
     split = data.shapes(train=20, test=1).train
     dataset = data.Dataset("set", "of a test", data.SHAPES, split, split, split, labelled=split)
-    before = data.digest(dataset)
-    setattr(dataset, part, Split(split.images.contiguous(), split.labels))
-    assert data.digest(dataset) == before and len(before) == 16
     images = split.images.clone()
     images[19, 2, 31, 31] ^= 1
-    for changed in (Split(images, split.labels), Split(split.images, split.labels.flip(0))):
-        setattr(dataset, part, changed)
-        assert data.digest(dataset) != before
+    same, other = Split(split.images.contiguous(), split.labels), Split(images, split.labels)
+    digests = [data.digest(replace(dataset, **{part: each}))
+               for each in (split, same, other, Split(split.images, split.labels.flip(0)))]
+    assert len(digests[0]) == 16 and digests[0] == digests[1] and len(set(digests)) == 3
     # Some pixels of shapes, computed in float32, differ by 1 between kinds of processors.
     assert data.digest(data.shapes(20, 10, seed=1)) == data.digest(data.shapes(20, 10))
 
@@ -547,49 +462,40 @@ def unequal(counts, side=4):
     return data._split(images, labels[order])
 
 
-def rows_of(split, whole):
-    """Each image's place in the whole set."""
-    places = {image.numpy().tobytes(): i for i, image in enumerate(whole.images.contiguous())}
-    return [places[image.numpy().tobytes()] for image in split.images.contiguous()]
-
-
 def test_draws_are_those_of_before():
     """The same seed, the same images, in every version of this file; classes in proportion."""
     split = data._split(torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1),
                         torch.tensor([0] * 24 + [1] * 12 + [2] * 4))
     assert values(data.take(split, 10, 3)) == [1, 2, 10, 14, 20, 21, 26, 32, 33, 37]
-    assert values(data.hold_out(split, 0.2, 1)[1]) == [5, 11, 12, 17, 18, 30, 34, 36]
+    assert values(data.take(split, 8, 1)) == [5, 11, 12, 17, 18, 30, 34, 36]
     grown = data.resample(split, [3, 2, 9], 5)
     assert values(grown) == [8, 11, 13, 27, 29, 36, 36, 37, 37, 38, 38, 38, 39, 39]
     under, _ = data.vary(split, ["a", "b", "c"], "undersampled", {"a": 0.5}, 2)
     assert values(under) == [3, 11, 16, 19, 24, 26, 27, 35, 36, 37, 38, 39]
-
-
-def test_chosen_classes_are_renumbered():
-    whole = data.shapes(train=60, test=30)
-    chosen = data.choose(whole, ["star", "ring"])
-    assert chosen.classes == ["ring", "star"] and data.counts(chosen.train, 2) == [6, 6]
-    assert torch.equal(chosen.test.images[chosen.test.labels == 1], whole.test.images[whole.test.labels == 4])
+    split = Split(split.images, torch.arange(40))
+    order = torch.cat([labels for _, labels in data.batches(split, 16, epoch_seed=4, rounds=2)]).tolist()
+    assert order[:16] == [10, 4, 21, 17, 25, 26, 31, 3, 5, 12, 38, 19, 6, 8, 32, 27]
+    assert sorted(order[:40]) == sorted(order[40:]) == list(range(40)) and order[:40] != order[40:]
 
 
 @pytest.mark.parametrize("variant, shares, expected, most", [
-    ("complete", None, [40, 40, 10, 40], 1), ("constrained", {"plane": 0.25}, [10, 40, 10, 40], 1),
-    ("constrained", None, [40, 20, 5, 20], 1), ("undersampled", None, [5, 5, 5, 5], 1),
-    ("undersampled", {}, [10, 10, 10, 10], 1), ("oversampled", None, [40, 40, 40, 40], 8),
-    ("oversampled", {"plane": 0.25, "truck": 0.7}, [40, 40, 40, 40], 4), ("smote", None, [40, 20, 5, 20], 1)])
+    ("constrained", {"plane": 0.25}, [10, 40, 10, 40], 1), ("constrained", None, [40, 20, 5, 20], 1),
+    ("undersampled", None, [5, 5, 5, 5], 1), ("undersampled", {}, [10, 10, 10, 10], 1),
+    ("oversampled", None, [40, 40, 40, 40], 8), ("smote", None, [40, 20, 5, 20], 1),
+    ("oversampled", {"plane": 0.25, "truck": 0.7}, [40, 40, 40, 40], 4)])
 def test_the_studys_variants(variant, shares, expected, most):
-    whole = unequal([40, 40, 10, 40])
+    labels = unequal([40, 40, 10, 40]).labels
+    whole = data._split(torch.arange(130, dtype=torch.uint8).view(130, 1, 1, 1), labels)
     result, synthetic = data.vary(whole, ["plane", "bird", "deer", "truck"], variant, shares, seed=0)
     if variant == "smote":  # the synthetic ones come last
         assert data.counts(result, 4) == [40] * 4 and synthetic == 20 + 35 + 20
         result, synthetic = Split(result.images[:-synthetic], result.labels[:-synthetic]), 0
-    rows = rows_of(result, whole)
     assert data.counts(result, 4) == expected and synthetic == 0
-    assert torch.equal(result.labels, whole.labels[rows])
-    times = torch.bincount(torch.tensor(rows), minlength=130)
+    assert torch.equal(result.labels, labels[values(result)])
+    times = torch.bincount(torch.tensor(values(result)), minlength=130)
     assert times.max() == most
     if variant == "oversampled" and shares:  # 28 of a class grown to 40: twelve of them twice
-        assert torch.bincount(times[whole.labels == 3]).tolist() == [12, 16, 12]
+        assert torch.bincount(times[labels == 3]).tolist() == [12, 16, 12]
 
 
 def test_smote_lies_between_a_picture_and_one_of_its_nearest_neighbours():
@@ -598,18 +504,17 @@ def test_smote_lies_between_a_picture_and_one_of_its_nearest_neighbours():
     assert torch.equal(result.images[:42], whole.images) and result.labels[42:].tolist() == [1] * 18
     pictures = whole.images[whole.labels == 1].flatten(1).double()
     neighbours = torch.cdist(pictures, pictures).fill_diagonal_(math.inf).argsort(1)[:, :3]
+    one, two = pictures.repeat_interleave(3, 0), pictures[neighbours.flatten()]
     for picture in result.images[42:].flatten(1).double():
-        # On the line from a picture to one of its three nearest: picture = a + gap * (b - a).
-        misses = []
-        for i in range(12):
-            for j in neighbours[i].tolist():
-                way = pictures[j] - pictures[i]
-                gap = ((picture - pictures[i]) @ way / (way @ way)).clamp(0, 1)
-                misses.append((pictures[i] + gap * way - picture).abs().max().item())
-        assert min(misses) < 1  # rounding to whole pixel values, in each of 48
+        # On the line from a picture to one of its three nearest: picture = one + gap * (two - one).
+        gap = ((picture - one) * (two - one)).sum(1) / (two - one).square().sum(1)
+        misses = one.lerp(two, gap.clamp(0, 1)[:, None]) - picture
+        assert misses.abs().amax(1).min() < 1  # rounding to whole pixel values, in each of 48
     images = whole.images.clone()
     images[whole.labels == 1] = 7  # all equal
     assert (data.smote(data._split(images, whole.labels), 0).images[42:] == 7).all()
+    alone = unequal([3, 1])  # a class of one picture
+    assert data.smote(alone, 0).images[4:].unique(dim=0).equal(alone.images[alone.labels == 1])
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
@@ -623,14 +528,12 @@ def test_nearest_against_all_distances(chunk):
 
 
 def test_blur_is_a_gaussian():
-    """A bright line becomes the sampled Gaussian; a plain picture stays as it is."""
-    images = torch.zeros(2, 1, 32, 32, dtype=torch.uint8)
+    """A bright line becomes the sampled Gaussian."""
+    images = torch.zeros(1, 1, 32, 32, dtype=torch.uint8)
     images[0, 0, :, 16] = 255
-    images[1] = 99
     result = data.blurred(images, 2.0)
     bell = np.exp(-np.arange(-6, 7) ** 2 / (2 * 2.0 ** 2))
     assert np.abs(result[0, 0, 5].numpy() - np.pad(255 * bell / bell.sum(), (10, 9))).max() <= 1
-    assert (result[1] == 99).all() and result.dtype == torch.uint8
 
 
 # ---------------------------------------------------------------- batches
@@ -642,9 +545,10 @@ def test_blur_is_a_gaussian():
     (3, dict(epoch_seed=8, flip=True, shifts=1, degrees=9.0, size=14, margin=True))])
 def test_batches_are_the_plain_computation(channels, arguments):
     """Image by image, with the same draws."""
-    split, n = numbered(41, channels, 12, 12), 41
-    s = dict.fromkeys(("epoch_seed", "flip", "shifts", "degrees", "size", "margin"), None)
-    s |= dict(scale="imagenet") | arguments
+    n, images = 41, torch.randint(0, 256, (41, channels, 12, 12), dtype=torch.uint8)
+    split = data._split(images, torch.arange(n) % 2)
+    s = dict(epoch_seed=None, flip=False, shifts=0, degrees=0, size=None, margin=False, scale="imagenet")
+    s |= arguments
     g, by, size = torch.Generator().manual_seed(s["epoch_seed"] or 0), s["shifts"], s["size"]
     order = torch.arange(n) if s["epoch_seed"] is None else torch.randperm(n, generator=g)
     flipped = torch.rand(n, generator=g) < 0.5
@@ -677,16 +581,8 @@ def test_batches_are_the_plain_computation(channels, arguments):
     assert torch.equal(torch.cat([labels for _, labels in batches]), split.labels[order])
     pixels = data.to_pixels(batches[0][0], s["scale"])
     torch.testing.assert_close(pixels, torch.stack(expected[:16]) * std + mean, atol=1e-5, rtol=0)
-    whole = data.normalise(split.images[:3], size, s["margin"], scale=s["scale"])
     if s["epoch_seed"] is None:
-        torch.testing.assert_close(whole, batches[0][0][:3])
-
-
-def test_the_first_order_of_a_seed_is_that_of_before():
-    split = Split(torch.zeros(40, 1, 1, 1, dtype=torch.uint8), torch.arange(40))
-    order = torch.cat([labels for _, labels in data.batches(split, 16, epoch_seed=4, rounds=2)]).tolist()
-    assert order[:16] == [10, 4, 21, 17, 25, 26, 31, 3, 5, 12, 38, 19, 6, 8, 32, 27]
-    assert sorted(order[:40]) == sorted(order[40:]) == list(range(40)) and order[:40] != order[40:]
+        assert torch.equal(data.normalise(images[:16], size, s["margin"], s["scale"]), batches[0][0])
 
 
 @pytest.mark.parametrize("scale, low, high", [("0..1", 0, 1), ("-1..1", -1, 1)])
@@ -698,6 +594,7 @@ def test_scales_and_noise_in_pixels_of_0_to_1(scale, low, high):
     assert (noisy - result).std().item() == pytest.approx(0.1 * (high - low), rel=0.02)
     assert abs((noisy - result).mean().item()) < 0.002
     assert torch.equal(noisy, data.add_noise(result, 0.1, torch.Generator().manual_seed(0), scale))
+    assert data.add_noise(result, 0.0, None, scale) is result
 
 
 def test_rotation_is_torchvisions_about_the_centre():
@@ -713,8 +610,7 @@ def test_rotation_is_torchvisions_about_the_centre():
 
 @pytest.mark.parametrize("n, batch_size, expected", [
     (10, 4, [(0, 4), (4, 8), (8, 10)]), (9, 4, [(0, 4), (4, 9)]), (8, 4, [(0, 4), (4, 8)]), (1, 4, [(0, 1)]),
-    (3, 1, [(0, 1), (1, 2), (2, 3)]), (0, 4, []), (48, 32, [(0, 32), (32, 48)]), (47, 32, [(0, 47)]),
-    (2002, 500, [(0, 500), (500, 1000), (1000, 1500), (1500, 2002)])])
+    (3, 1, [(0, 1), (1, 2), (2, 3)]), (0, 4, []), (48, 32, [(0, 32), (32, 48)]), (47, 32, [(0, 47)])])
 def test_a_last_batch_of_fewer_than_half_is_joined_to_the_one_before(n, batch_size, expected):
     """A last batch of two images made 40 % of BatchNorm's running statistics."""
     assert data.bounds(n, batch_size) == expected
@@ -752,35 +648,3 @@ def test_batches_need_nothing_but_the_device(channels, arguments, side):
                 assert images.device.type == labels.device.type == "cuda" and images.dtype == torch.float32
                 assert images.shape[1:] == (channels, side, side)
         assert data.nearest(images.flatten(1), images.flatten(1), 3, chunk=4).device.type == "cuda"
-
-
-# ---------------------------------------------------------------- the command
-
-def test_the_command_prints_counts_and_saves_a_sheet(tmp_path, monkeypatch):
-    """On a console without the letters of a class, in letters that the font lacks."""
-    folder = make_folder(tmp_path / "bugs", classes=("ant", "b$e$e", "\u732b"))
-    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
-    monkeypatch.setattr(sys, "stdout", console)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # of a glyph that is missing
-        data.main(["--dataset", str(folder), "--output", str(tmp_path / "out")])
-    console.flush()
-    lines = console.buffer.getvalue().decode("cp1252").splitlines()
-    assert [line.split() for line in lines[2:6]] == [
-        ["ant", "3", "2"], ["b$e$e", "3", "2"], ["?", "3", "2"], ["total", "9", "6"]]
-    assert Image.open(tmp_path / "out/bugs_samples.png").size[0] > 500
-    assert [data.drawable(name, "7") for name in ("B\u00e4r", "\u732b")] == ["B\u00e4r", "7"]
-
-
-def test_importing_the_file_imports_torch_alone():
-    """torchvision and matplotlib take seconds at every start."""
-    lines = Path(data.__file__).read_text().splitlines()
-    modules = {line.split()[1].split(".")[0] for line in lines if line.startswith(("import ", "from "))}
-    assert modules - sys.stdlib_module_names == {"numpy", "torch"}
-
-
-def test_the_command_ends_with_one_line(tmp_path, capsys):
-    with pytest.raises(SystemExit) as end:
-        data.main(["--dataset", str(tmp_path / "nowhere")])
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.count("\n") == 1 and "nowhere" in error

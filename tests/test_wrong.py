@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-import data
 import evaluate
 import models
 import train
@@ -108,8 +107,7 @@ EVALUATE = [
     ("--ckpt {}/run/best.pt --against beta=0", "--against: no effect beside --ckpt"),
     ("--compare {}/empty", "no finished run"),
 ]
-OTHERS = [(models, "v44", "did you mean"), (models, "C(8)>Q(2)", "token 2"), (data, "--dataset nowhere", "nowhere"),
-          (data, "--size 0 --dataset {}/unequal", "0")]
+OTHERS = [(models, "v44", "did you mean"), (models, "C(8)>Q(2)", "token 2")]
 
 
 @pytest.mark.parametrize("program, flags, answer", [
