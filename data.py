@@ -696,8 +696,10 @@ def to_pixels(normalised, scale="imagenet"):
 
 
 def add_noise(images, std, generator, scale="imagenet"):
-    """Normalised images (B, C, H, W) with Gaussian noise, std in pixels of 0-1. generator: a torch.Generator
-    of their device."""
+    """Normalised images (B, C, H, W) with Gaussian noise, std in pixels of 0-1; as they are where std is 0.
+    generator: a torch.Generator of their device."""
+    if not std:
+        return images
     b, c, h, w = images.shape
     noise = torch.randn(b, h * w * c, generator=generator, device=images.device)
     _, scale_std = _mean_std(c, h * w, images.device, scale)

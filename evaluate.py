@@ -25,7 +25,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 import data
 import losses
@@ -73,7 +72,7 @@ def fail(message):
     raise UsageError(message + hint)
 
 
-# ---------------------------------------------------------------- devices, precision, processes
+# ---------------------------------------------------------------- devices and precision
 
 def pick_device(name):
     """The torch.device of that name; "auto" is CUDA where there is a GPU, else the CPU. UsageError."""
@@ -119,9 +118,6 @@ def autocast(device, precision):
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 
-def process():
-    """(rank, processes): this process and how many train together (torchrun); else (0, 1)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 # ---------------------------------------------------------------- files and checkpoints
@@ -210,25 +206,17 @@ def forward(net, batch, args, needed, model=None):
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
-def with_noise(images, args, generator):
-    """Normalised images with the noise of the settings, std in pixels of 0-1."""
-    return data.add_noise(images, args.noise, generator, args.scale) if args.noise else images
-
-
 def test_batches(split, args):
     """Yields a Split in order, in batches that are not trained on: dicts of images, labels, inputs (with
     noise, the same at every call) and, for the jigsaw loss, order."""
-    device, n, size = split.labels.device, len(split.labels), 100
-    if device.type == "cuda":  # a small batch's kernels take the CPU longer to start than the GPU to run
-        pixels = args.size ** 2 if args.size else math.prod(split.images.shape[2:])
-        size = min(1000, max(100, 4_096_000 // pixels))
-    noise, tiles = torch.Generator(device).manual_seed(0), torch.Generator().manual_seed(0)
-    grid = args.jigsaw_grid if args.delta else 0
-    orders = torch.rand(n, grid ** 2, generator=tiles).argsort(1).to(device)
-    batches = data.batches(split, size, **args.preparation)
-    for (images, labels), (start, stop) in zip(batches, data.bounds(n, size)):
-        inputs = images if args.clean_test else with_noise(images, args, noise)
-        yield {"images": images, "labels": labels, "inputs": inputs, "order": orders[start:stop]}
+    device, grid = split.labels.device, args.jigsaw_grid if args.delta else 0
+    noise, tiles = (torch.Generator(device).manual_seed(0) for _ in range(2))
+    # A small batch's kernels take the CPU longer to start than the GPU to run.
+    size = 1000 if device.type == "cuda" and (args.size or split.images.shape[3]) <= 64 else 100
+    for images, labels in data.batches(split, size, **args.preparation):
+        inputs = images if args.clean_test else data.add_noise(images, args.noise, noise, args.scale)
+        order = torch.rand(len(images), grid ** 2, generator=tiles, device=device).argsort(1)
+        yield {"images": images, "labels": labels, "inputs": inputs, "order": order}
 
 
 @torch.no_grad()
@@ -316,19 +304,14 @@ def knn(points, labels, queries, answers, k, classes):
     return 100 * (vote(neighbours, classes) == answers).double().mean().item()
 
 
-def chosen_on(rows):
-    """"val" or "test": which images choose the best epoch of a log."""
-    return "test" if rows[0]["val_accuracy"] is None and rows[0]["val_mse"] is None else "val"
-
-
 def best_row(rows):
-    """The row of a log with the highest accuracy or, where no classifier was trained, the least MSE, the last
-    one where epochs tie: on held-out images where there are any, else on the test images."""
-    part = chosen_on(rows)
+    """(row, part): the row of a log with the highest accuracy or, where no classifier was trained, the least
+    MSE, the last one where epochs tie; part: "val" where images are held out to choose it, else "test"."""
+    part = "test" if rows[0]["val_accuracy"] is None and rows[0]["val_mse"] is None else "val"
     classified = [row for row in rows if row[f"{part}_accuracy"] is not None]
     if classified:
-        return max(reversed(classified), key=lambda row: row[f"{part}_accuracy"])
-    return min(reversed(rows), key=lambda row: row[f"{part}_mse"])
+        return max(reversed(classified), key=lambda row: row[f"{part}_accuracy"]), part
+    return min(reversed(rows), key=lambda row: row[f"{part}_mse"]), part
 
 
 def digits(n):
@@ -493,9 +476,9 @@ def draw_curves(rows, path, title, note):
             label = part + notes.get(part, "")
             axis.plot(epochs, np.array(values, dtype=float), style, marker=marker, label=label)
         if key == "accuracy":
-            best = best_row(rows)
+            best, on = best_row(rows)
             axis.plot(best["epoch"], best["test_accuracy"], "k^", markersize=6,
-                      label=f"test at the best epoch (on {chosen_on(rows)}): {best['test_accuracy']:.2f} %")
+                      label=f"test at the best epoch (on {on}): {best['test_accuracy']:.2f} %")
         axis.set(title=name, ylabel=unit)
         epochs_axis(axis)
         axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2))  # below: on no curve
@@ -572,7 +555,7 @@ def report_classes(dataset, args, folder, tested, rows):
     if accuracy["at_chance"]:
         print(CHANCE if rows else "at chance: not better than the largest class by more than chance explains")
     if rows:
-        best, on = best_row(rows), chosen_on(rows)
+        best, on = best_row(rows)
         accuracy |= {"best": best["test_accuracy"], "best_epoch": best["epoch"], "best_chosen_on": on}
         print(f"best epoch (on {on}): {best['test_accuracy']:.{places}f} %, epoch {best['epoch']}")
     if "accuracy_mirrored" in tested:

@@ -43,6 +43,10 @@ from evaluate import Stopped, UsageError
 
 # ---------------------------------------------------------------- one epoch
 
+def process():
+    """(rank, processes): this process and how many train together (torchrun); else (0, 1)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
 
 def stream(seed, epoch, purpose, rank=0):
     """The 32-bit seed of one stream of random numbers: generators on the CPU use no more bits."""
@@ -59,7 +63,7 @@ def steps(dataset, args, epoch):
     where no term needs those, instead of them. With the jigsaw loss, order (B, tiles).
     """
     train, labelled, device = dataset.train, dataset.labelled, dataset.train.images.device
-    n, (rank, processes) = len(train.labels), evaluate.process()
+    n, (rank, processes) = len(train.labels), process()
     size = min(args.batch_size, n)  # of the labelled images' batches too
     bounds = data.bounds(n, size)
 
@@ -84,10 +88,10 @@ def steps(dataset, args, epoch):
         for (images, labels), other, (start, stop) in zip(everything, apart, bounds):
             batch = {"images": images, "labels": labels}
             if args.noise:
-                batch["inputs"] = evaluate.with_noise(images, args, noise)
+                batch["inputs"] = data.add_noise(images, args.noise, noise, args.scale)
             if other is not None:
                 batch["labels"] = other[1]
-                batch["labelled_inputs"] = evaluate.with_noise(other[0], args, noise)
+                batch["labelled_inputs"] = data.add_noise(other[0], args.noise, noise, args.scale)
             if orders is not None:
                 batch["order"] = orders[start:stop][rank::processes][:len(images)]
             yield batch
@@ -119,7 +123,7 @@ def train_epoch(model, dataset, optimizer, args, epoch, net=None):
     model.train()
     if args.frozen:
         model.encoder.eval()  # BatchNorm keeps its statistics
-    device, rank = dataset.train.images.device, evaluate.process()[0]
+    device, rank = dataset.train.images.device, process()[0]
     torch.manual_seed(stream(args.seed, epoch, "dropout", rank))  # and of variational codes
     class_weights = None
     if args.class_weights:
@@ -225,7 +229,7 @@ def train(model, dataset, args, folder, state=None):
     finite.
     """
     rows, tested = (state["rows"], state["tested"]) if state else ([], None)
-    rank, processes = evaluate.process()
+    rank, processes = process()
     table = printed_columns(args)
     print("".join(f"{title:>{width}}" for title, _, _, width, _ in table))
     print("".join(f"{part:>{width}}" for _, part, _, width, _ in table), flush=True)
@@ -277,7 +281,7 @@ def save(folder, model, dataset, args, trained, rows, tested, optimizer):
                    digest=args.digest, preparation=args.preparation,
                    image_shape=list(dataset.train.images.shape[1:]))
     evaluate.write_csv(folder / "log.csv", rows)
-    if evaluate.best_row(rows) is rows[-1]:
+    if evaluate.best_row(rows)[0] is rows[-1]:
         evaluate.write_whole(folder / "best.pt", lambda part: models.save(part, model, **content))
     # No random state: every epoch's is made from the seed and the epoch's number.
     evaluate.write_whole(folder / "last.pt", lambda part: models.save(
@@ -310,7 +314,7 @@ def prepare(args, model=None):
     (dataset, precision) by those that are used. model: of a run that resumes; None builds it. UsageError,
     DataError."""
     evaluate.keep_freed_memory()
-    device, (_, processes) = evaluate.pick_device(args.device), evaluate.process()
+    device, (_, processes) = evaluate.pick_device(args.device), process()
     if device.type == "cuda":
         if processes > 1:
             device = torch.device("cuda", torch.cuda.current_device())
@@ -388,7 +392,7 @@ def check_network(model, dataset, args, sides):
              f"--test-share {args.test_share:g}: no effect on {dataset.name}, which has its own test images"),
             (args.shift >= min(dataset.train.images.shape[2:]),
              f"--shift {args.shift}: expected less than the images' sides"),
-            (min(args.batch_size, n) < 2 * evaluate.process()[1], f"--batch-size {args.batch_size}: expected "
+            (min(args.batch_size, n) < 2 * process()[1], f"--batch-size {args.batch_size}: expected "
              f"at least two images for each process, of {n} training images")):
         if wrong:
             raise UsageError(message)
@@ -448,7 +452,7 @@ def make_folder(args, dataset, model, device, command):
         "classes": dataset.classes, "source": dataset.source,
         "images_per_class": data.counts(dataset.train, len(dataset.classes)),
         "images": {"train": len(dataset.train.labels), "test": len(dataset.test.labels)},
-        "device": str(device), "machine": machine, "processes": evaluate.process()[1],
+        "device": str(device), "machine": machine, "processes": process()[1],
         "torch": torch.__version__, "python": platform.python_version(), "git": git_commit(),
         "started": time.strftime("%Y-%m-%d %H:%M:%S")}
     for number in itertools.count(1):
@@ -460,7 +464,7 @@ def make_folder(args, dataset, model, device, command):
 
 def announce(args, dataset, model, folder):
     """Prints what is about to run."""
-    v, processes = model.version, evaluate.process()[1]
+    v, processes = model.version, process()[1]
     decoder = f"decoder: {v.decoder}" + ", not trained" * ("decoder" not in args.trained)
     counts = data.counts(dataset.train, len(dataset.classes))
     per_class = f"{counts[0]:,} of each of {len(counts)} classes" if len(set(counts)) == 1 else (
@@ -530,7 +534,7 @@ class Result(NamedTuple):
 
 def execute(args, typed, command):
     """Trains one run, or resumes it. Returns a Result. Raises UsageError and the like, Stopped."""
-    rank, processes = evaluate.process()
+    rank, processes = process()
     state = model = folder = None
     if args.resume:
         folder = Path(args.resume)

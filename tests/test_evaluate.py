@@ -196,7 +196,8 @@ def test_knn_is_a_plain_loop():
 def test_the_best_epoch(columns, best, part):
     empty = dict.fromkeys(("test_accuracy", "test_mse", "val_accuracy", "val_mse"))
     rows = [empty | dict(zip(columns, values)) for values in zip(*columns.values())]
-    assert evaluate.best_row(rows) is rows[best] and evaluate.chosen_on(rows) == part
+    row, on = evaluate.best_row(rows)
+    assert row is rows[best] and on == part
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +246,7 @@ def test_the_report_of_a_run(run):
         for line, part, style in zip(axis.lines, ("train", "test"), ("-", "--")):
             assert line.get_xydata().tolist() == [[row["epoch"], row[f"{part}_{name}"]] for row in rows]
             assert line.get_linestyle() == style
-    best = evaluate.best_row(rows)
+    best, _ = evaluate.best_row(rows)
     assert axis.lines[2].get_xydata().tolist() == [[best["epoch"], best["test_accuracy"]]]
 
 
