@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import io
 import json
 import math
 import os
@@ -43,13 +44,10 @@ class Stopped(RuntimeError):
 def errors(program):
     """Ends a command line with one line on stderr and a status: 2 for what the user can correct, 1 for a run
     that cannot continue, 130 for Ctrl-C. An attribute `advice` of the exception is appended to the line."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # an output that is not Unicode has no ±
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no such method
+        sys.stdout.reconfigure(errors="replace")  # an output that is not Unicode has no ±
     try:
         yield
-    except BrokenPipeError:  # of `| head`: a later flush would complain once more
-        os._exit(141)
     except (Exception, KeyboardInterrupt) as error:
         text, users = str(error), (UsageError, models.NotationError, models.CheckpointError, data.DataError)
         if isinstance(error, KeyboardInterrupt):
@@ -77,17 +75,13 @@ def fail(message):
 def pick_device(name):
     """The torch.device of that name; "auto" is CUDA where there is a GPU, else the CPU. UsageError."""
     if name == "auto":
-        if torch.backends.mps.is_available():
-            print("note: --device mps would use this machine's GPU (we have not run it)")
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
-        raise UsageError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
     try:
         torch.empty(0, device=name)
         return torch.device(name)
     except (RuntimeError, AssertionError):
         raise UsageError(f"--device {name}: unavailable on this machine with {torch.cuda.device_count()} "
-                         "CUDA GPUs; expected auto, or a device that is there") from None
+                         "CUDA GPUs; expected auto, cpu, cuda, cuda:N or mps") from None
 
 
 def keep_freed_memory():
@@ -99,9 +93,6 @@ def keep_freed_memory():
         mallopt(-1, 2**30)       # M_TRIM_THRESHOLD
 
 
-CPUINFO = Path("/proc/cpuinfo")
-
-
 def pick_precision(name, device):
     """"bf16" or "fp32"; "auto" is bf16 where the device computes it faster in hardware: GPUs; CPUs with AMX;
     AMD's with AVX-512. Intel's with AVX-512 alone multiply bfloat16 at about half the speed of float32."""
@@ -109,7 +100,8 @@ def pick_precision(name, device):
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    text = CPUINFO.read_text() if CPUINFO.exists() and device.type == "cpu" else ""  # of Linux alone
+    cpuinfo = Path("/proc/cpuinfo")  # of Linux alone
+    text = cpuinfo.read_text() if device.type == "cpu" and cpuinfo.exists() else ""
     return "bf16" if "amx_bf16" in text or "AuthenticAMD" in text and "avx512_bf16" in text else "fp32"
 
 
@@ -141,12 +133,11 @@ def write_json(path, content):
 
 def write_csv(path, rows):
     """Writes dicts of the same keys as the rows of a table."""
-    def write(part):
-        with open(part, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-    write_whole(path, write)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, lambda part: part.write_text(table.getvalue(), encoding="utf-8", newline=""))
 
 
 def load_checkpoint(path):

@@ -87,14 +87,11 @@ def test_an_error_is_one_line_and_a_status(error, status, line, capsys):
         1 / 0
 
 
-def test_devices_and_precision(monkeypatch, tmp_path, capsys):
-    for name, message in (("gpu", "expected auto, cpu, cuda, cuda:N or mps"), ("cuda:x", "expected auto"),
-                          ("cuda:99", "unavailable on this machine with . CUDA GPUs")):
-        with pytest.raises(evaluate.UsageError, match=f"--device {name}: {message}"):
+def test_devices_and_precision(monkeypatch, tmp_path):
+    for name in ("gpu", "cuda:x", "cuda:99"):
+        with pytest.raises(evaluate.UsageError, match=f"--device {name}: unavailable .* expected auto, cpu,"):
             evaluate.pick_device(name)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert evaluate.pick_device("auto") and "--device mps" in capsys.readouterr().out
-    monkeypatch.setattr(evaluate, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(evaluate, "Path", lambda _: tmp_path / "cpuinfo")
     assert evaluate.pick_precision("auto", CPU) == "fp32"  # not Linux: unknown
     for text, expected in (("GenuineIntel amx_bf16", "bf16"), ("AuthenticAMD avx512_bf16", "bf16"),
                            ("GenuineIntel avx512_bf16", "fp32"), ("AuthenticAMD avx2", "fp32")):
