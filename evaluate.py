@@ -5,7 +5,7 @@
     python evaluate.py --compare outputs/v4 outputs/v4_beta0
 
 A checkpoint holds its network, its data set and its settings. This file has, from top to bottom: errors and
-devices, files and checkpoints, measures, pictures, the report of a model, runs compared, the command line.
+devices, files and data, measures, pictures, the report of a model, runs compared, the command line.
 train.py measures with `measure` after each epoch and ends with `report`.
 """
 import argparse
@@ -19,7 +19,6 @@ import os
 import re
 import sys
 import time
-from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -112,7 +111,7 @@ def autocast(device, precision):
 
 
 
-# ---------------------------------------------------------------- files and checkpoints
+# ---------------------------------------------------------------- files and data
 
 def write_whole(path, write):
     """Calls write(temporary path) beside `path` and moves the result into place, so that a file is either the
@@ -138,15 +137,6 @@ def write_csv(path, rows):
     writer.writeheader()
     writer.writerows(rows)
     write_whole(path, lambda part: part.write_text(table.getvalue(), encoding="utf-8", newline=""))
-
-
-def load_checkpoint(path):
-    """(model, args, content) of a checkpoint of train.py, on the CPU, in eval mode. args: the settings of its
-    run, a Namespace. Runs no code from the file. CheckpointError, UsageError."""
-    model, content = models.load(path)
-    if "settings" not in content:
-        raise UsageError(f"{path}: has no settings; expected a checkpoint that train.py wrote")
-    return model, Namespace(**content["settings"]), content
 
 
 def load_data(args, **changes):
@@ -276,23 +266,6 @@ def drawn(split, count):
     """At most that many images of a Split, always the same."""
     rows = torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(0))[:count]
     return data.Split(split.images[rows], split.labels[rows])
-
-
-def vote(labels, classes):
-    """The class that most of the neighbours have, of equally frequent ones the nearest's: labels (Q, k),
-    nearest first -> (Q,)."""
-    votes = torch.zeros(len(labels), classes, device=labels.device)
-    votes.scatter_add_(1, labels, torch.ones_like(labels, dtype=votes.dtype))
-    leads = votes.gather(1, labels) == votes.amax(1, keepdim=True)
-    rank = torch.arange(labels.shape[1], 0, -1, device=labels.device)
-    return labels.gather(1, (leads * rank).argmax(1, keepdim=True)).squeeze(1)
-
-
-def knn(points, labels, queries, answers, k, classes):
-    """The accuracy in percent of the k nearest neighbours. points (N, D) and queries (Q, D) with their labels
-    (N,) and answers (Q,)."""
-    neighbours = labels[data.nearest(queries, points, k)]
-    return 100 * (vote(neighbours, classes) == answers).double().mean().item()
 
 
 def best_row(rows):
@@ -790,85 +763,64 @@ def draw_comparison(groups, found, key, what, path):
 
 # ---------------------------------------------------------------- python evaluate.py
 
-def picture_files(paths):
-    """The files of --images: files as they are, pictures of folders, those that a pattern matches.
-    UsageError."""
-    files = []
+@torch.no_grad()
+def classify_pictures(model, args, content, paths, device, folder):
+    """Prints the likeliest classes of pictures, files and those in folders, prepared as the test images are;
+    keeps them in metrics.json and draws the first 20 in pictures.png. UsageError."""
+    classes, (channels, *sides), pictures = content["classes"], content["image_shape"], {}
     for path in map(Path, paths):
-        found = [path]
-        if path.is_dir():
-            found = sorted(each for each in path.rglob("[!.]*") if each.suffix.lower() in data.ENDINGS)
-        elif "*" in path.name and not path.exists():  # a pattern that the shell has left
-            found = sorted(path.parent.glob(path.name))
-        if not found:
-            raise UsageError(f"--images {path}: no picture there")
-        files += found
-    return files
-
-
-def classify_pictures(model, args, content, files, device, folder):
-    """Prints the likeliest classes of pictures, prepared as the test images are, and draws pictures.png.
-    Returns a list of plain dicts, one for each picture."""
-    classes, (channels, *sides) = content["classes"], content["image_shape"]
+        inside = sorted(each for each in path.rglob("[!.]*") if each.suffix.lower() in data.ENDINGS)
+        for file in inside if path.is_dir() else [path]:
+            try:
+                pictures[file] = data.read_picture(file, channels, sides, args.blur)
+            except data.DataError as error:
+                print(f"left out: {error}")
+    if not pictures:
+        raise UsageError(f"--images {paths[0]}: no picture there that can be read")
+    results, labels = [{"image": str(file)} for file in pictures], shown(classes)
+    names = shown([file.name[:14] for file in pictures], "picture")
     if "classifier" in args.trained:
         print(f"the network knows these classes and nothing else: {' '.join(classes)}")
-    images = torch.cat([data.read_picture(path, channels, sides, args.blur) for path in files]).to(device)
-    results, names, labels = [], shown([path.name[:14] for path in files], "picture"), shown(classes)
-    for i, (path, image) in enumerate(zip(files, images.split(1))):
-        with torch.no_grad(), autocast(device, args.precision):
-            logits, _ = model(data.normalise(image, **args.preparation), reconstruct=False)
-        results.append({"image": str(path)})
-        if "classifier" in args.trained:
-            chances, order = logits[0].float().softmax(0).sort(descending=True)
-            chances, order = chances[:3].tolist(), order[:3].tolist()
-            best = {classes[k]: chance for chance, k in zip(chances, order)}
-            results[-1]["classes"] = best
-            names[i] += "".join(f"\n{labels[k][:10]} {100 * chance:.0f} %"
-                                for chance, k in zip(chances, order))
-            print(f"{path}: " + ", ".join(f"{name} {100 * chance:.1f} %" for name, chance in best.items()))
-    inputs = data.normalise(images[:20], **args.preparation)
+        for i, (file, image) in enumerate(pictures.items()):
+            inputs = data.normalise(image.to(device), **args.preparation)
+            logits = forward(model, {"inputs": inputs}, args, {"logits"})["logits"]
+            chances, order = logits[0].float().softmax(0).topk(min(3, len(classes)))
+            best = list(zip(order.tolist(), chances.tolist()))
+            results[i]["classes"] = {classes[k]: chance for k, chance in best}
+            names[i] += "".join(f"\n{labels[k][:10]} {100 * chance:.0f} %" for k, chance in best)
+            print(f"{file}: " + ", ".join(f"{classes[k]} {100 * chance:.1f} %" for k, chance in best))
+    inputs = data.normalise(torch.cat(list(pictures.values())[:20]).to(device), **args.preparation)
     rows = {"as the network sees it": data.to_pixels(inputs, args.scale)}
-    rows |= {"reconstruction": rebuild(model, inputs, args)} if "decoder" in args.trained else {}
-    shape = (128, 128 * sides[1] // sides[0])
-    rows = {name: torch.nn.functional.interpolate(each.float(), shape).expand(-1, 3, -1, -1).cpu()
-            for name, each in rows.items()}
-    originals = torch.cat([data.read_picture(path, 3, fit=shape) for path in files[:20]]) / 255
-    draw_sheet({"picture": originals} | rows, names[:20], folder / "pictures.png",
-               f"{args.version}: pictures and their likeliest classes")
-    return results
+    if "decoder" in args.trained:
+        rebuilt = forward(model, {"inputs": inputs}, args, {"reconstruction"})["reconstruction"]
+        rows["reconstruction"] = data.to_pixels(rebuilt, args.scale)
+    draw_sheet(rows, names[:20], folder / "pictures.png", f"{args.version}: pictures and likeliest classes")
+    write_json(folder / "metrics.json", results)
 
 
 def match_classes(dataset, classes):
-    """The Dataset with its labels in the order of the checkpoint's classes, by name (letters and digits
-    alone, unless those are the same for two classes); images of other classes are left out. A set without
-    names of its own keeps its numbers. UsageError."""
-    keys, own = ([re.sub(r"[\W_]", "", name.lower()) for name in each] for each in (classes, dataset.classes))
-    if len(set(keys)) < len(keys):
-        keys, own = classes, dataset.classes
-    own = keys if not dataset.named and len(own) == len(keys) else own
-    if not set(own) & set(keys):
-        raise UsageError(f"--dataset {dataset.name}: has the classes {' '.join(dataset.classes)}; expected "
-                         f"the checkpoint's: {' '.join(classes)}")
-    kept = [name for name, key in zip(dataset.classes, own) if key in keys]
-    if len(kept) < len(own):
-        others = ", ".join(name for name in dataset.classes if name not in kept)
-        print(f"evaluate.py: note: left out, as the network does not know them: {others}", file=sys.stderr)
-        dataset = data.choose(dataset, kept)
-    number = torch.tensor([keys.index(key) for key in own if key in keys])
-    splits = {part: data.Split(each.images, number[each.labels])
-              for part in ("train", "test") for each in [getattr(dataset, part)]}
-    return replace(dataset, classes=classes, **splits)
+    """The Dataset with its labels in the order of the checkpoint's classes, by name: the same one, else the
+    same but for upper and lower case. A set without names of its own keeps its numbers. UsageError."""
+    if not dataset.named and len(dataset.classes) == len(classes):
+        return replace(dataset, classes=classes)
+    number = {name.lower(): i for i, name in enumerate(classes)} | {name: i for i, name in enumerate(classes)}
+    numbers = [number.get(name, number.get(name.lower())) for name in dataset.classes]
+    if None in numbers:
+        raise UsageError(f"--dataset {dataset.name}: has a class {dataset.classes[numbers.index(None)]}; "
+                         f"expected the checkpoint's: {' '.join(classes)}")
+    number = torch.tensor(numbers)
+    return replace(dataset.map(lambda split: data.Split(split.images, number[split.labels])), classes=classes)
 
 
 def load_test(model, args, content, foreign, device):
     """The checkpoint's Dataset on the device, or another one (`foreign`: its name or path, else None),
     checked against the network. UsageError, DataError."""
-    wanted = tuple(model.version.in_shape)
+    expected = tuple(model.version.in_shape)
     if foreign and args.dataset not in (foreign, str(Path(foreign).resolve())):
-        if wanted[1] == wanted[2]:  # images of other sizes are scaled
-            args.size = args.preparation["size"] = wanted[1]
-        dataset = load_data(args, dataset=foreign, classes=None, train_size=None, test_size=None, val_share=0.0,
-                            labels=None, variant="complete", constrain=None, test_share=1.0)
+        if expected[1] == expected[2]:  # images of other sizes are scaled
+            args.size = args.preparation["size"] = expected[1]
+        whole = dict.fromkeys(("classes", "train_size", "test_size", "labels", "constrain"))
+        dataset = load_data(args, dataset=foreign, val_share=0.0, variant="complete", test_share=1.0, **whole)
         if "classifier" in args.trained:
             dataset = match_classes(dataset, content["classes"])
     else:
@@ -877,20 +829,26 @@ def load_test(model, args, content, foreign, device):
             print(f"evaluate.py: note: {dataset.source} has changed since the training; its test images may "
                   "be training images", file=sys.stderr)
     shape = tuple(dataset.test.images.shape[1:])
-    if shape[0] != wanted[0] or args.size is None and shape != wanted:
+    if shape[0] != expected[0] or args.size is None and shape != expected:
         raise UsageError(f"--dataset {dataset.name}: has images of {'x'.join(map(str, shape))}, the "
-                         f"checkpoint takes {'x'.join(map(str, wanted))}")
+                         f"checkpoint takes {'x'.join(map(str, expected))}")
     return dataset.to(device)
 
 
 def report_knn(model, dataset, args, k):
-    """kNN on the codes and on the raw pixels of the training images, printed side by side."""
+    """Classifies by the k nearest training images, on the codes and on the raw pixels, and prints the results
+    side by side. Of equally frequent classes the nearest image's counts."""
     train, results = dataset.labelled or dataset.train, {}
+    # A vote each, and a fraction that decides between equally many: more than those of all after it.
+    weights = 1 + 0.5 ** torch.arange(1.0, k + 1, dtype=torch.float64, device=train.labels.device)
     for name in ("codes", "pixels"):
         points, queries = (encode(model, split, args) if name == "codes" else split.images.flatten(1)
                            for split in (train, dataset.test))
         start = time.perf_counter()
-        accuracy = knn(points, train.labels, queries, dataset.test.labels, k, model.num_classes)
+        neighbours = train.labels[data.nearest(queries, points, k)]  # (Q, k), nearest first
+        votes = weights.new_zeros(len(queries), model.num_classes)
+        votes.scatter_add_(1, neighbours, weights.expand_as(neighbours))
+        accuracy = 100 * (votes.argmax(1) == dataset.test.labels).double().mean().item()
         seconds = time.perf_counter() - start
         results[name] = {"k": k, "accuracy": accuracy, "seconds": seconds, "values": points.shape[1]}
         print(f"kNN on {name:<7}{points.shape[1]:>6} values, k {k:<4}{accuracy:>8.2f} %{seconds:>9.2f} s")
@@ -900,66 +858,55 @@ def report_knn(model, dataset, args, k):
 def evaluate(options):
     """What --ckpt asks for. Returns the folder of the report."""
     keep_freed_memory()
-    model, args, content = load_checkpoint(options.ckpt)
-    device = pick_device(options.device)
+    model, content = models.load(options.ckpt)
+    if "settings" not in content:
+        raise UsageError(f"{options.ckpt}: has no settings; expected a checkpoint that train.py wrote")
+    args, device = argparse.Namespace(**content["settings"]), pick_device(options.device)
     args.precision = pick_precision("auto" if args.precision == "bf16" else "fp32", device)
     torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     args.data_dir, model = options.data_dir or args.data_dir, model.to(device)
     of = f"-{file_name(Path(options.dataset).resolve().name)}" if options.dataset else ""
     folder = Path(options.output or Path(options.ckpt).parent / f"evaluation-{Path(options.ckpt).stem}{of}")
     if options.images:
-        folder, files = folder / "images", picture_files(options.images)
-        write_json(folder / "metrics.json", classify_pictures(model, args, content, files, device, folder))
-    else:
-        dataset = load_test(model, args, content, options.dataset, device)
-        count = len((dataset.labelled or dataset.train).labels)
-        if options.knn is not None and not 1 <= options.knn <= count:
-            raise UsageError(f"--knn {options.knn}: expected 1 to {count:,}, as there are training images")
-        print(f"{args.version} after epoch {content['epoch']}, on {dataset.name} ({dataset.source})")
-        mirrored = args.flip and options.dataset not in data.NEVER_FLIPPED
-        metrics = report(model, dataset, args, folder, measure(model, dataset.test, args, mirrored))
-        if options.knn:
-            found = report_knn(model, dataset, args, options.knn)
-            write_json(folder / "metrics.json", metrics | {"knn": found})
+        folder = folder / "images"
+        classify_pictures(model, args, content, options.images, device, folder)
+        return folder
+    dataset = load_test(model, args, content, options.dataset, device)
+    count = len((dataset.labelled or dataset.train).labels)
+    if options.knn is not None and not 1 <= options.knn <= count:
+        raise UsageError(f"--knn {options.knn}: expected 1 to {count:,}, as there are training images")
+    print(f"{args.version} after epoch {content['epoch']}, on {dataset.name} ({dataset.source})")
+    mirrored = args.flip and options.dataset not in data.NEVER_FLIPPED
+    metrics = report(model, dataset, args, folder, measure(model, dataset.test, args, mirrored))
+    if options.knn:
+        write_json(folder / "metrics.json", metrics | {"knn": report_knn(model, dataset, args, options.knn)})
     return folder
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description="Measures a checkpoint of train.py, or compares runs.",
-                                     allow_abbrev=False)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--ckpt", help="a checkpoint, e.g. outputs/v4/best.pt")
-    source.add_argument("--compare", nargs="+", metavar="RUN", help="run folders, or folders of them: a "
-                        "table and pictures of their results; runs that differ in their seed alone are one group")
-    add = parser.add_argument
-    add("--against", metavar="SETTING=VALUE", help="with --compare: compare each group with the one that "
+    parser = argparse.ArgumentParser(description="Measures a checkpoint; compares runs.", allow_abbrev=False)
+    source = parser.add_mutually_exclusive_group(required=True).add_argument
+    source("--ckpt", help="a checkpoint, e.g. outputs/v4/best.pt")
+    source("--compare", nargs="+", metavar="RUN", help="run folders, or folders of them: a table and a "
+           "picture of their results; runs that differ in their seed alone are one group")
+    add, one = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    one("--against", metavar="SETTING=VALUE", help="with --compare: compare each group with the one that "
         "differs from it in this setting alone, such as beta=0 (default: with the first group)")
-    add("--images", nargs="+", metavar="PICTURE", help="classify and rebuild these pictures, or those of a "
+    one("--images", nargs="+", metavar="PICTURE", help="classify and rebuild these pictures, or those of a "
         "folder, scaled and cropped about the centre, instead of the test images")
-    add("--knn", type=int, metavar="K", help="also classify by the k nearest training images, on "
-        "codes and on raw pixels")
+    one("--knn", type=int, metavar="K", help="also classify by the K nearest training images")
     add("--dataset", metavar="NAME|PATH", help="another data set than the checkpoint's, with its classes or "
         "some of them; of a folder without test/ all pictures")
     add("--data-dir", help="where named sets are (default: where training found them)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    add("--output", help="where the report goes (default: a folder evaluation-best beside best.pt, or "
-        "comparison beside the first of the runs)")
+    add("--output", help="where the report goes (default: a folder beside the checkpoint or the runs)")
     parser.error = fail
     return parser
-
-
-# Flags that have no effect beside another one.
-EXCLUDED = {"compare": ("images", "knn", "dataset", "data_dir"), "images": ("knn", "dataset"),
-            "ckpt": ("against",)}
 
 
 def main(argv):
     with errors("evaluate.py"):
         options = make_parser().parse_args(argv)
-        for flag, excluded in EXCLUDED.items():
-            for other in excluded:
-                if getattr(options, flag) and getattr(options, other):
-                    raise UsageError(f"--{other.replace('_', '-')}: no effect beside --{flag}; leave one out")
         if options.compare:
             first = Path(options.compare[0])
             beside = first.parent if (first / "config.json").exists() else first

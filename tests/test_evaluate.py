@@ -172,17 +172,19 @@ def test_batch_norm_has_the_statistics_of_whole_images_alone():
 
 
 def test_knn_is_a_plain_loop():
-    """Pixels of 0 to 3 have many equal distances, of which the first counts; so have the votes."""
+    """Pixels of 0 to 7 have equal distances, of which the first counts; so have the votes."""
     torch.manual_seed(0)
-    points, queries = (torch.randint(0, 4, (n, 6), dtype=torch.uint8) for n in (400, 90))
-    labels, answers = torch.randint(0, 5, (400,)), torch.randint(0, 5, (90,))
+    train, test = (data.Split(torch.randint(0, 8, (n, 3, 1, 2), dtype=torch.uint8), torch.randint(0, 3, (n,)))
+                   for n in (400, 90))
+    model = models.build(models.Version("L(4)", "L'(3)"), (3, 1, 2), 3)
     for k in (1, 4, 7):
         right = 0
-        for query, answer in zip(queries, answers.tolist()):
-            distances = (points.double() - query).square().sum(1)
-            nearest = labels[distances.sort(stable=True).indices[:k]].tolist()
+        for query, answer in zip(test.images, test.labels.tolist()):
+            distances = (train.images.double() - query).square().sum((1, 2, 3))
+            nearest = train.labels[distances.sort(stable=True).indices[:k]].tolist()
             right += max(nearest, key=nearest.count) == answer  # of equally frequent ones the first
-        assert evaluate.knn(points, labels, queries, answers, k, 5) == pytest.approx(100 * right / 90)
+        found = evaluate.report_knn(model, data.Dataset("set", "", [*"abc"], train, test), settings(), k)
+        assert found["pixels"]["accuracy"] == pytest.approx(100 * right / 90)
 
 
 @pytest.mark.parametrize("columns, best, part", [
@@ -209,10 +211,10 @@ def run(tmp_path_factory):
     np.savez(root / "set.npz", **arrays)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "save_figure", lambda figure, path: figures.update({path.name: figure}))
-        assert train.main(["--dataset", str(root / "set.npz"), "--encoder", "C(8)>L(16)", "--classifier",
-                           "D(0.5)>L'(10)", "--optimizer", "adam", "--epochs", "4", "--batch-size", "10",
-                           "--device", "cpu", "--output", str(root), "--name", "run"]) == 0
-    model, args, content = evaluate.load_checkpoint(root / "run/last.pt")
+        train.run(dataset=root / "set.npz", encoder="C(8)>L(16)", classifier="D(0.5)>L'(10)", optimizer="adam",
+                  epochs=4, batch_size=10, device="cpu", output=root, name="run")
+    model, content = models.load(root / "run/last.pt")
+    args = Namespace(**content["settings"])
     return Namespace(arrays=arrays, folder=root / "run", ckpt=root / "run/last.pt", model=model, args=args,
                      content=content, figures=figures, data=evaluate.load_data(args),
                      metrics=evaluate.read_run(root / "run").metrics)
@@ -273,9 +275,10 @@ def test_a_changed_data_set_is_noted_and_another_one_used_whole(run, tmp_path, c
     own = evaluate.load_test(run.model, args, run.content, args.dataset, CPU)  # by its own name: as in training
     assert "has changed" in capsys.readouterr().err and len(own.test.labels) == len(run.data.test.labels)
     args = Namespace(**vars(args) | dict(variant="smote", labels=30, val_share=0.5, train_size=60))
-    np.savez(tmp_path / "other.npz", **run.arrays)
+    np.savez(tmp_path / "other.npz", **{name: run.arrays[name] for name in run.arrays if name != "classes"})
     other = evaluate.load_test(run.model, args, run.content, str(tmp_path / "other.npz"), CPU)
     assert len(other.train.labels) == 90 and other.labelled is other.val is None
+    assert other.classes == run.data.classes  # by their numbers
 
 
 def test_the_first_part_of_separate_training_has_no_accuracy(run, figures, tmp_path, capsys):
@@ -336,79 +339,56 @@ def test_the_confusion_picture_is_in_percent_of_each_true_class(tmp_path, monkey
     assert dollars > 1.5 * oil  # as a formula, it is one letter
 
 
-@pytest.mark.parametrize("classes, own, labels", [
-    (["Deep red", "green", "blue"], ["BLUE.", "deep-red", "Green"], [2, 0, 1]),
-    (["a", "b"], ["0", "1"], [0, 1]), (["C", "C++", "C#"], ["C#", "C", "C++"], [2, 0, 1]),
-    (["кот", "пёс"], ["пёс", "кот"], [1, 0])])
-def test_classes_are_matched_by_their_names(classes, own, labels):
-    """In another order, case, punctuation, unless that alone tells them apart; without names, by number."""
-    split = data.Split(torch.zeros(len(own), 1, 2, 2, dtype=torch.uint8), torch.arange(len(own)))
-    dataset = data.Dataset("set", "", own, split, split, named=own != ["0", "1"])
-    other = evaluate.match_classes(dataset, classes)
-    assert other.test.labels.tolist() == other.train.labels.tolist() == labels and other.classes == classes
-
-
 def test_all_pictures_of_a_folder_are_measured(run, figures, tmp_path, capsys):
-    """Of a folder without test/, some of another size; a class is missing, one is not the network's."""
-    own, names = read_csv(run.folder / "predictions.csv"), ("deep-red", "GREEN", "yellow")
-    files = [f"{names[label]}/{i:02}.png" for i, label in enumerate(run.arrays["y_test"])]
+    """Of a folder without test/, some of another size; classes by name, in another order; one is missing."""
+    files = [f"{('deep red', 'GREEN', 'yellow')[label]}/{i:02}.png" for i, label in enumerate(run.arrays["y_test"])]
     for file, pixels in zip(files, run.arrays["x_test"]):
         (tmp_path / "mine" / file).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.repeat(1 + (file > "a"), 0)).save(tmp_path / "mine" / file)
-    report = report_of(tmp_path / "out", "--ckpt", run.ckpt, "--dataset", tmp_path / "mine")
-    assert capsys.readouterr().err.endswith("left out, as the network does not know them: yellow\n")
+    command = "--ckpt", run.ckpt, "--dataset", tmp_path / "mine"
+    assert "mine: has a class yellow; expected the checkpoint's: Deep red green blue" in refused(capsys, *command)
+    shutil.rmtree(tmp_path / "mine/yellow")
+    report = report_of(tmp_path / "out", *command)
     assert [row["images"] for row in report["per_class"].values()] == [10, 14, 0]
     assert report["per_class"]["blue"]["recall"] is None and report["accuracy"]["test"] > 90
-    rows = {row["image"]: row for row in read_csv(tmp_path / "out/predictions.csv")}
-    assert set(rows) == set(files[:24])
-    assert [rows[file] for file in files[10:24]] == [  # those that are as large as the training images
-        row | {"image": file} for file, row in zip(files[10:], own[10:24])]
-    assert "yellow: has the classes yellow; expected the checkpoint's: Deep red green blue" in refused(
-        capsys, "--ckpt", run.ckpt, "--dataset", tmp_path / "mine/yellow")
+    assert {row["image"] for row in read_csv(tmp_path / "out/predictions.csv")} == set(files[:24])
 
 
 def test_pictures_are_prepared_as_the_test_images_are(tmp_path, figures, monkeypatch, capsys):
-    """To the bit, of unequal sizes, from a folder, a pattern and a file."""
+    """To the bit, of unequal sizes, from a folder and files; one that is damaged is left out."""
     draw = np.random.default_rng(0)
     for part, i in itertools.product(("train", "test"), range(4)):
         path = tmp_path / "set" / part / ("猫", "dog")[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(draw.integers(0, 256, (20 + 3 * i, 30, 3), np.uint8)).save(path)
-    assert train.main(["--dataset", str(tmp_path / "set"), "--size", "16", "--margin", "--blur", "0.5",
-                       "--encoder", "C(4)>L(8)", "--batch-size", "2", "--epochs", "1", "--device", "cpu",
-                       "--output", str(tmp_path), "--name", "run"]) == 0
+    folder = train.run(dataset=tmp_path / "set", size=16, margin=True, blur=0.5, encoder="C(4)>L(8)", batch_size=2,
+                       epochs=1, device="cpu", output=tmp_path).folder
     assert evaluate.CHANCE in capsys.readouterr().out
     inputs, forward = [], models.Autoencoder.forward
     monkeypatch.setattr(models.Autoencoder, "forward",
                         lambda model, x, **which: inputs.append(x) or forward(model, x, **which))
-    ckpt, test = tmp_path / "run/last.pt", tmp_path / "set/test"
+    ckpt, test = folder / "last.pt", tmp_path / "set/test"
     report_of(tmp_path / "out", "--ckpt", ckpt)
-    (test / "dog/notes.txt").touch()
-    assert [row["image"][-5] for row in read_csv(tmp_path / "out/predictions.csv")] == ["1", "3", "0", "2"]
     tested, count = inputs[0], len(inputs)
-    results = report_of(tmp_path / "pictures", "--ckpt", ckpt, "--images", test / "dog", test / "猫/0*",
-                        test / "猫/2.png")
+    (test / "dog/notes.txt").touch()
+    (test / "dog/2.png").touch()
+    results = report_of(tmp_path / "pictures", "--ckpt", ckpt, "--images", test / "dog", *sorted(test.glob("猫/*")))
+    assert f"left out: {test / 'dog/2.png'}: not a picture\n" in capsys.readouterr().out
     seen = torch.cat(inputs[count:])  # each is classified alone, then all are rebuilt
     assert tested.shape == (4, 3, 16, 16) and torch.equal(seen, torch.cat([tested, tested]))
     chances = models.load(ckpt)[0](tested)[0].softmax(1).tolist()
     assert [result["classes"] for result in results] == [
         {"dog": pytest.approx(dog, rel=1e-4), "猫": pytest.approx(cat, rel=1e-4)} for dog, cat in chances]
-    dog, cat = chances[2]
-    assert set(figures["pictures.png"].axes[0].get_xticklabels()[2].get_text().split("\n")) == {
-        "0.png", f"dog {100 * dog:.0f} %", f"class 1 {100 * cat:.0f} %"}
-    for name, message in (("*.jpg", "*.jpg: no picture there"), ("nowhere.png", "nowhere.png: No such file")):
-        assert message in refused(capsys, "--ckpt", ckpt, "--images", test / name)
+    names = figures["pictures.png"].axes[0].get_xticklabels()
+    assert [name.get_text().split("\n")[0] for name in names] == ["1.png", "3.png", "0.png", "2.png"]
 
 
-def test_knn_of_a_checkpoint(run, figures, tmp_path, capsys):
-    """On codes and pixels, of the training images whose labels are used."""
-    found, labels = report_of(tmp_path, "--ckpt", run.ckpt, "--knn", "3")["knn"], run.data.train.labels
-    images, queries = (split.images.flatten(1) for split in (run.data.train, run.data.test))
-    expected = evaluate.knn(images, labels, queries, run.data.test.labels, 3, 3)
-    assert found["pixels"]["accuracy"] == expected and found["codes"]["values"] == 16
-    few = replace(run.data, labelled=data.Split(run.data.train.images[:9], torch.zeros_like(labels[:9])))
+def test_knn_of_a_checkpoint(run, figures, tmp_path):
+    """Of the training images whose labels are used."""
+    found = report_of(tmp_path, "--ckpt", run.ckpt, "--knn", "3")["knn"]
+    assert [found[name]["values"] for name in ("codes", "pixels")] == [16, 432] and found["codes"]["accuracy"] > 90
+    few = replace(run.data, labelled=data.Split(run.data.train.images[:9], torch.zeros(9, dtype=torch.int64)))
     assert evaluate.report_knn(run.model, few, run.args, 3)["codes"]["accuracy"] == pytest.approx(100 / 3)
-    assert "--knn 999: expected 1 to" in refused(capsys, "--ckpt", run.ckpt, "--knn", "999")
 
 
 def write_run(folder, accuracy=None, psnr=20.0, images=10_000, network="C(8)", **changes):

@@ -103,10 +103,9 @@ EVALUATE = [
     ("--ckpt {}/no-settings.pt", "has no settings"),
     ("--ckpt {}/run/best.pt --images {}/nowhere.png", "nowhere.png"),
     ("--ckpt {}/run/best.pt --images {}/empty", "no picture there"),
-    ("--ckpt {}/run/best.pt --images {}/file --knn 3", "--knn: no effect beside --images"),
+    ("--ckpt {}/run/best.pt --images {}/file --knn 3", "--knn: not allowed with argument --images"),
     ("--ckpt {}/run/best.pt --knn 0", "--knn 0: expected 1 to 60"),
     ("--ckpt {}/run/best.pt --dataset {}/grey.npz", "the checkpoint takes 3x32x32"),
-    ("--ckpt {}/run/best.pt --against beta=0", "--against: no effect beside --ckpt"),
     ("--compare {}/empty", "no finished run"),
 ]
 OTHERS = [(models, "v44", "did you mean"), (models, "C(8)>Q(2)", "token 2"), (data, "--dataset nowhere", "nowhere"),
