@@ -21,7 +21,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -543,17 +542,7 @@ def report_classes(dataset, args, folder, tested, rows):
 
 # ---------------------------------------------------------------- runs compared
 
-class Run(NamedTuple):
-    folder: Path
-    settings: dict  # of config.json
-    network: list   # of config.json, with the numbers of images: a row of VERSIONS, a folder may have changed
-    rows: list      # of log.csv: dicts of floats, None where a cell is empty
-    metrics: dict   # of metrics.json
-
-
-# Settings in which repetitions of one run may differ.
-INCIDENTAL = "seed", "name", "device", "output", "resume", "digest"
-FOLLOWING = "weights", "trained", "preparation"  # from other settings
+INCIDENTAL = "seed", "name", "device", "output", "resume", "digest"  # in which repetitions may differ
 COLUMNS = [("accuracy (%)", "accuracy.test", 2), ("best (%)", "accuracy.best", 2),
            ("mirrored (%)", "accuracy.mirrored", 2), ("training images (%)", "training_images.accuracy", 2),
            ("MSE", "reconstruction.mse", 6), ("PSNR (dB)", "reconstruction.psnr", 2), ("code", "code", 0),
@@ -562,33 +551,33 @@ PRINTED = {"run", "n", "accuracy (%)", "PSNR (dB)", "difference", "result"}  # t
 
 
 def read_run(folder):
-    """The Run of a folder that train.py left; None where its last epoch is not done."""
+    """A run of train.py: its folder, settings, network (with the numbers of images), metrics, and rows (of
+    log.csv: dicts of floats, None where a cell is empty). None where its last epoch is not done."""
     try:
-        config, metrics = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "metrics"))
-        with open(folder / "log.csv", newline="", encoding="utf-8") as file:
-            rows = [{key: float(value) if value else None for key, value in row.items()}
-                    for row in csv.DictReader(file)]
+        config = json.loads((folder / "config.json").read_text())
+        metrics = json.loads((folder / "metrics.json").read_text())
+        log = csv.DictReader((folder / "log.csv").read_text().splitlines())
+        rows = [{key: float(value) if value else None for key, value in row.items()} for row in log]
         done = metrics["epochs"] == config["settings"]["epochs"]  # of a lengthened run, metrics.json is older
         network = [config["network"], config["images"]]
-        return Run(folder.resolve(), config["settings"], network, rows, metrics) if done else None
+        return argparse.Namespace(folder=folder.resolve(), settings=config["settings"], network=network,
+                                  rows=rows, metrics=metrics) if done else None
     except (OSError, ValueError, KeyError):
         return None
 
 
 def kind_of(run, *ignored):
-    """What a run has in common with its repetitions, as text: settings but INCIDENTAL and `ignored`, and
-    network."""
-    left_out = {*INCIDENTAL, *FOLLOWING, *ignored}
+    """What a run has in common with its repetitions, as text: its network and settings, but `ignored`."""
+    left_out = {*INCIDENTAL, "weights", "trained", "preparation", *ignored}  # those follow from others
     settings = {key: value for key, value in run.settings.items() if key not in left_out}
     return json.dumps([settings, {} if ignored else run.network], sort_keys=True)
 
 
 def read_groups(paths):
     """{name: {seed: Run}} of run folders, and of the finished runs in other folders: those that differ in
-    their seed alone in one group, named after a folder. Of runs with the same seed the last one counts.
-    UsageError."""
-    kinds, groups = {}, {}
-    paths = list(map(Path, paths))
+    their seed alone in one group, named after a folder, without what all have in their names. Of runs with
+    the same seed the last one counts. UsageError."""
+    kinds, groups, paths = {}, {}, list(map(Path, paths))
     for path in [path for path in paths if not path.is_file()] or paths:  # a pattern may match files, too
         folders = [path] if (path / "config.json").exists() else sorted(path.glob("[!.]*"))
         runs = [run for run in map(read_run, folders) if run]
@@ -596,25 +585,20 @@ def read_groups(paths):
             raise UsageError(f"{path}: no finished run of this version of the program there")
         for run in runs:
             kinds.setdefault(kind_of(run), {})[run.settings["seed"]] = run
-    for group in kinds.values():
-        name = re.sub(r"(_seed\d+)?(_run\d+)?$", "", next(iter(group.values())).folder.name)
+    names = [re.sub(r"(_seed\d+)?(_run\d+)?$", "", next(iter(group.values())).folder.name).split("_")
+             for group in kinds.values()]
+    common = set.intersection(*map(set, names)) if len(names) > 1 else set()
+    for (first, *more), group in zip(names, kinds.values()):
+        name = "_".join([first, *(part for part in more if part not in common)])
         groups[name + "'" * sum(other.rstrip("'") == name for other in groups)] = group
-    parts = [name.split("_") for name in groups]
-    short = ["_".join([first, *(part for part in more if not all(part in other for other in parts))])
-             for first, *more in parts]  # without what all have in their names
-    return dict(zip(short, groups.values())) if 1 < len(set(short)) == len(groups) else groups
+    return groups
 
 
 def figures(group, key):
-    """{seed: the figure of that run} of a group's runs, by its dotted name in metrics.json."""
-    found = {}
-    for seed, run in group.items():
-        value = run.metrics
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if value is not None:
-            found[seed] = value
-    return found
+    """{seed: the figure of that run} of a group's runs that have it, by its dotted name in metrics.json."""
+    part, _, name = key.rpartition(".")
+    found = {seed: run.metrics.get(part, {}) if part else run.metrics for seed, run in group.items()}
+    return {seed: metrics[name] for seed, metrics in found.items() if name in metrics}
 
 
 def mean_interval(values):
@@ -629,72 +613,61 @@ def mean_interval(values):
 
 def references(groups, against):
     """{name: name of the group that it is compared with}: with None the first one; with SETTING=VALUE the one
-    that differs from it in that setting alone; a single group of a version, with all others. UsageError."""
+    that has this value and differs in that setting alone. UsageError."""
     if against is None:
         return {name: next(iter(groups)) for name in list(groups)[1:]}
     setting, _, value = against.partition("=")
     setting = setting.replace("-", "_")
     with contextlib.suppress(ValueError):
         value = json.loads(value)  # a number, true, false or null
-    firsts, pairs = {name: next(iter(group.values())) for name, group in groups.items()}, {}
+    firsts = {name: next(iter(group.values())) for name, group in groups.items()}
+    kinds = {name: kind_of(run, setting) for name, run in firsts.items()}
     those = [name for name, run in firsts.items() if run.settings.get(setting, against) == value]
-    for name in [name for name in groups if name not in those]:
-        same = [other for other in those
-                if (setting, len(those)) == ("version", 1)
-                or kind_of(firsts[other], setting) == kind_of(firsts[name], setting)]
-        pairs |= {name: same[0]} if same else {}
+    pairs = {name: other for other in those for name in groups
+             if name not in those and kinds[name] == kinds[other]}
     if not pairs:
         raise UsageError(f"--against {against}: expected SETTING=VALUE, such as beta=0, in which alone two "
                          "groups differ")
     return pairs
 
 
-def difference(group, reference, key):
-    """(mean difference, half its 95 % t interval, number of pairs) of runs of the same seed; None with fewer
-    than two pairs."""
-    ours, theirs = figures(group, key), figures(reference, key)
-    pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-    return (*mean_interval(pairs), len(pairs)) if len(pairs) > 1 else None
-
-
-def table_row(name, groups, reference, found):
-    """The row of a group in a comparison, a dict of texts by column. reference: the name of the group that it
-    is compared with, or None; found: their `difference`, or None. Its result is "better" or "worse" only
-    where the interval excludes 0, and has a width: few test images can give equal differences by chance."""
-    group, row = groups[name], {"run": name, "n": str(len(groups[name]))}
+def table_row(name, group, found):
+    """The row of a group in a comparison, a dict of texts by column. found: (mean difference, half its
+    interval, number of pairs), or None."""
     metrics = next(iter(group.values())).metrics
-    places = digits(metrics["test_images"])
-    accuracies, largest = (list(figures(group, f"accuracy.{key}").values()) for key in ("test", "largest_class"))
+    row, n = {"run": name, "n": str(len(group))}, metrics["test_images"]
     for title, key, decimals in COLUMNS:
         values = list(figures(group, key).values())
-        decimals = min(decimals, places) if "%" in title else decimals
+        decimals = min(decimals, digits(n)) if "%" in title else decimals
         row[title] = f"{np.mean(values):,.{decimals}f}" if values else ""
         if len(values) > 1 and key not in ("code", "parameters", "megabytes"):  # the same for all seeds
             row[title] += f" ± {np.std(values, ddof=1):.{decimals}f}"
-    row |= {"difference": "", "result": "", "compared with": reference or ""}
+    row |= {"difference": "", "result": ""}
     if found:
-        mean, half, pairs = found
-        note = "" if pairs == len(group) == len(groups[reference]) else f" ({pairs} pairs)"
-        places = places if accuracies else 2
+        (mean, half, pairs), places = found, digits(n) if "accuracy" in metrics else 2
+        note = f" ({pairs} pairs)" if pairs < len(group) else ""
         row["difference"] = f"{mean:+.{places}f} ± {half:.{places}f}{note}"
+        # Without a width: few test images can give equal differences by chance.
         row["result"] = "not shown" if not 0 < half < abs(mean) else "better" if mean > 0 else "worse"
-    if accuracies and at_chance(np.mean(accuracies), max(largest), metrics["test_images"]):
-        row["result"] = "at chance"
-    return row
+    chance = figures(group, "accuracy.at_chance").values()
+    return row | ({"result": "at chance"} if chance and all(chance) else {})
 
 
 def compare(paths, output, against=None):
-    """Groups runs that differ in their seed alone; prints a table of their results with paired differences
-    and 95 % intervals, and saves the whole of it as comparison.md and comparison.png. Returns the folder:
-    `output`, or one with a number where that has other runs' comparison. UsageError."""
+    """Prints a table of runs, those that differ in their seed alone as one, with paired differences and 95 %
+    intervals; saves it whole in the folder `output`, which it returns, with a picture. UsageError."""
     groups = read_groups(paths)
     pairs = references(groups, against) if len(groups) > 1 else {}
-    compared = [groups[name] for name in pairs] or groups.values()
-    classified = all("accuracy" in run.metrics for group in compared for run in group.values())
+    classified = all("accuracy" in run.metrics for name in pairs or groups for run in groups[name].values())
     key = "accuracy.test" if classified else "reconstruction.psnr"
     unit = "points of accuracy" if classified else "dB of PSNR"
-    found = {name: difference(groups[name], groups[other], key) for name, other in pairs.items()}
-    rows = [table_row(name, groups, pairs.get(name), found.get(name)) for name in groups]
+    found = {}
+    for name, other in pairs.items():
+        ours, theirs = figures(groups[name], key), figures(groups[other], key)
+        each = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+        if len(each) > 1:
+            found[name] = *mean_interval(each), len(each)
+    rows = [table_row(name, group, found.get(name)) for name, group in groups.items()]
     columns = [title for title in rows[0] if any(row[title] for row in rows)]  # no empty ones
     lines = [columns, *([row[title] for title in columns] for row in rows)]
     widths = [max(map(len, column)) if title in PRINTED else 0 for title, column in zip(columns, zip(*lines))]
@@ -702,34 +675,31 @@ def compare(paths, output, against=None):
         print("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths) if width).rstrip())
     than = against or next(iter(groups))
     notes = ["Of the last epoch; ±: standard deviation of the n runs of a row, which differ in their seed."]
-    if any(found.values()):
-        notes += [f"difference: in {unit} from {than}, runs of the same seed paired, ± half its 95 % t",
-                  "interval over seeds (not over test images), not corrected for the number of comparisons.",
-                  "not shown: the interval includes 0, or has no width."]
+    if found:
+        notes += [f"difference: in {unit} from {than}, seeds paired, ± half its 95 % t interval over seeds;",
+                  "not corrected for the number of comparisons. not shown: it includes 0, or has no width."]
     elif pairs:
         notes += ["No differences: they need two or more seeds that both rows have (--seeds)."]
     notes += [CHANCE] if any(row["result"] == "at chance" for row in rows) else []
     print("\n".join(["", *notes]))
-    of = "Runs: " + " ".join(sorted(str(run.folder) for group in groups.values() for run in group.values()))
     table = [f"| {' | '.join(line)} |" for line in lines]
-    text = "\n".join([table[0], "|" + "---|" * len(columns), *table[1:], "", *notes, "", of, ""])
-    file, number = Path(output, "comparison.md"), 1
-    while file.exists() and of not in file.read_text(encoding="utf-8").splitlines():
-        number += 1
-        file = Path(f"{output}-{number}", "comparison.md")
+    table.insert(1, "|" + "---|" * len(columns))
+    folders = sorted(str(run.folder) for group in groups.values() for run in group.values())
+    text, file = "\n".join([*table, "", *notes, "", "Runs:", *folders, ""]), Path(output, "comparison.md")
+    if file.exists():
+        print(f"{file}: the comparison that was there is replaced")
     write_whole(file, lambda part: part.write_text(text, encoding="utf-8"))
-    draw_comparison(groups, {name: each for name, each in found.items() if each}, key,
-                    f"{unit} more than with {than}", file.with_suffix(".png"))
+    draw_comparison(groups, found, key, f"{unit} more than with {than}", file.with_suffix(".png"))
     return file.parent
 
 
 def draw_comparison(groups, found, key, what, path):
     """The groups' figure `key`: each run a dot, the mean of several with its 95 % interval; beside it
     `found`, their differences, and the figure over the epochs."""
+    from matplotlib.figure import Figure
     column, label = {"accuracy.test": ("test_accuracy", "accuracy (% of the test images)"),
                      "reconstruction.psnr": ("test_psnr", "PSNR on the test images (dB)")}[key]
-    classified = key.startswith("accuracy")
-    figure = new_figure(15 if found else 10, max(3.6, 1.5 + 0.3 * len(groups)), layout="constrained")
+    figure = Figure(figsize=(15 if found else 10, max(3.6, 1.5 + 0.3 * len(groups))), layout="constrained")
     *axes, last = figure.subplots(1, 3 if found else 2)
     several = any(len(group) > 1 for group in groups.values())
     for i, (name, group) in enumerate(groups.items()):
@@ -740,23 +710,19 @@ def draw_comparison(groups, found, key, what, path):
             axes[0].errorbar(mean, i, xerr=half, fmt="kd", markersize=5, capsize=3)
         if name in found:
             axes[1].errorbar(found[name][0], i, xerr=found[name][1], fmt="kd", markersize=5, capsize=3)
-        curves = [[row[column] for row in run.rows] for run in group.values()]
-        curve = np.array([each[:min(map(len, curves))] for each in curves], dtype=float).mean(0)
+        curve = np.array([[row[column] for row in run.rows] for run in group.values()], dtype=float).mean(0)
         last.plot(range(1, len(curve) + 1), curve, f"C{i % 10}{MARKERS[i % len(MARKERS)]}", label=name,
                   linestyle=("-", "--", ":", "-.")[i % 4], markevery=max(1, len(curve) // 8), markersize=5)
-    axes[0].set(xlabel=label, title="each run" + ", mean with its 95 % interval" * several)
     for axis in axes:
-        axis.set(ylim=(len(groups) - 0.5, -0.5), yticks=range(len(groups)),
-                 yticklabels=list(groups) if axis is axes[0] else [])
-        axis.ticklabel_format(axis="x", useOffset=False)
+        axis.set(ylim=(len(groups) - 0.5, -0.5), yticks=range(len(groups)), yticklabels=[])
         axis.grid(alpha=0.3)
-    if classified:  # of two runs an interval may be wider
-        axes[0].set_xlim(max(axes[0].get_xlim()[0], -2), min(axes[0].get_xlim()[1], 102))
+    axes[0].set(xlabel=label, yticklabels=list(groups), title="each run" + ", mean, 95 % interval" * several)
     if found:
         axes[1].axvline(0, color="0.5", linestyle=":")
         axes[1].set(xlabel=f"{what} →", title="mean difference, 95 % interval")
-    last.set(ylabel=label, title="over the epochs" + " (means)" * several)
-    epochs_axis(last)
+    last.set(xlabel="epoch", ylabel=label, title="over the epochs" + " (means)" * several)
+    last.locator_params(axis="x", integer=True, min_n_ticks=1)
+    last.grid(alpha=0.3)
     last.legend(fontsize=8)
     save_figure(figure, path)
 
