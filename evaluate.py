@@ -4,9 +4,8 @@
     python evaluate.py --ckpt outputs/v4/best.pt --images cat.png holiday/
     python evaluate.py --compare outputs/v4 outputs/v4_beta0
 
-A checkpoint holds its network, its data set and its settings. This file has, from top to bottom: errors and
-devices, files and data, measures, pictures, the report of a model, runs compared, the command line.
-train.py measures with `measure` after each epoch and ends with `report`.
+This file has, from top to bottom: errors and devices, files and data, measures, pictures, the report of a
+model, runs compared, the command line. train.py calls `measure` after each epoch and `report` at the end.
 """
 import argparse
 import contextlib
@@ -108,8 +107,6 @@ def autocast(device, precision):
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 
-
-
 # ---------------------------------------------------------------- files and data
 
 def write_whole(path, write):
@@ -202,10 +199,9 @@ def test_batches(split, args):
 @torch.no_grad()
 def measure(model, split, args, mirrored=False):
     """A model's losses and errors on a Split, a dict of plain numbers: its loss terms by name; accuracy in
-    percent, with mirrored=True also accuracy_mirrored, for which the logits of each image and its mirror
-    image are averaged; the means over the images of losses.reconstruction_errors, on pixels of 0-1, the
-    reconstruction clamped to them as in a saved picture. Beside them confusion, counts [true class][predicted
-    class], and the tensors predicted and probability, (N,) each.
+    percent, with mirrored=True also accuracy_mirrored, of the logits of each image and its mirror image
+    averaged; the means over the images of losses.reconstruction_errors, on pixels of 0-1, to which they are
+    clamped. Also confusion, counts [true class][predicted class], and the tensors predicted and probability.
 
     args.trained: the parts that are measured, of "classifier" and "decoder". With noise in the settings the
     network sees noisy images, the errors are against the clean ones, and noisy_psnr is the input's own.
@@ -223,8 +219,8 @@ def measure(model, split, args, mirrored=False):
             logits.append(tensors["logits"].float())
             if mirrored:
                 flipped = forward(model, {"inputs": batch["inputs"].flip(3)}, args, {"logits"})["logits"]
-                both = logits[-1] + flipped.float()
-                found["accuracy_mirrored"] = 100.0 * (both.argmax(1) == batch["labels"]).sum()
+                guesses = (logits[-1] + flipped).argmax(1)
+                found["accuracy_mirrored"] = 100.0 * (guesses == batch["labels"]).sum()
         if "reconstruction" in tensors:
             pixels = data.to_pixels(batch["images"], args.scale)
             each = losses.reconstruction_errors(data.to_pixels(tensors["reconstruction"], args.scale), pixels)
@@ -245,20 +241,10 @@ def measure(model, split, args, mirrored=False):
 
 @torch.no_grad()
 def encode(model, split, args):
-    """The codes of a Split's images without noise, flat: (N, values) float32, on its device."""
-    model.eval()
-    codes = []
-    for batch in test_batches(split, args):
-        with autocast(split.labels.device, args.precision):
-            codes.append(model.encode(batch["images"]).flatten(1).float())
-    return torch.cat(codes)
-
-
-@torch.no_grad()
-def rebuild(model, inputs, args):
-    """The pixels (B, C, H, W) of 0-1 that the model reconstructs from normalised images."""
-    with autocast(inputs.device, args.precision):
-        return data.to_pixels(model.eval()(inputs, classify=False)[1], args.scale)
+    """The codes of a Split's images without noise, flat: (N, values) float32. model: in eval mode."""
+    with autocast(split.labels.device, args.precision):
+        codes = [model.encode(batch["images"]) for batch in test_batches(split, args)]
+    return torch.cat(codes).flatten(1).float()
 
 
 def drawn(split, count):
@@ -282,36 +268,28 @@ def digits(n):
     return max(0, math.ceil(math.log10(n)) - 2)
 
 
-def at_chance(accuracy, largest, n):
-    """Whether an accuracy on n images is not above the largest class's share (both in percent) by more than
-    two standard errors: by more than chance explains. Images of one class alone do not tell."""
-    return largest < 100 and bool(accuracy <= largest + 2 * math.sqrt(largest * (100 - largest) / n))
-
-
-CHANCE = ("at chance: nothing learnt that tells the classes apart; more --epochs, more images or a later fall of the\n"
-          "learning rate (--lr-step) may help")
-
-
 # ---------------------------------------------------------------- pictures
+# matplotlib is imported where something is drawn: it takes a second.
+MARKERS = "os^Dv<>p*hXP+x1234|_"  # of classes, of groups of runs
 
-def new_figure(width, height, **options):
-    """A matplotlib Figure, in inches. Importing matplotlib takes a second: only what draws does it."""
-    from matplotlib.figure import Figure
-    return Figure(figsize=(width, height), **options)
+
+def drawable(text):
+    """A text with ? in place of the letters that matplotlib's font lacks, which would be empty boxes."""
+    from matplotlib import font_manager
+    font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
+    return "".join(letter if letter == "\n" or font.get_char_index(ord(letter)) else "?" for letter in text)
 
 
 def shown(names, kind="class"):
-    """Names as a picture can show them: by their number where matplotlib's font lacks a letter."""
-    return [data.drawable(name, f"{kind} {i}") for i, name in enumerate(names)]
+    """Names as a picture can show them: by their number where one is not `drawable`."""
+    return [name if name == drawable(name) else f"{kind} {i}" for i, name in enumerate(names)]
 
 
 def save_figure(figure, path):
     """A Figure as a PNG, with all of it inside, which its layout alone does not guarantee."""
     from matplotlib.text import Text
     for text in figure.findobj(Text):
-        text.set_parse_math(False)  # a name may have two $
-        lines = text.get_text().split("\n")
-        text.set_text("\n".join(data.drawable(line, line.encode("ascii", "replace").decode()) for line in lines))
+        text.set(parse_math=False, text=drawable(text.get_text()))  # a name may have two $
     write_whole(path, lambda part: figure.savefig(part, dpi=150, bbox_inches="tight", format="png"))
 
 
@@ -320,15 +298,15 @@ def file_name(text):
 
 
 def draw_sheet(rows, columns, path, title):
-    """A sheet of pictures. rows: {name: pictures (N, C, H, W) of 0-1}, one below the other; columns: N
-    names."""
+    """A sheet of pictures. rows: {name: pictures (N, C, H, W) of 0-1}; columns: N names."""
+    from matplotlib.figure import Figure
     from torchvision.utils import make_grid
     pictures = torch.cat([each.float().cpu().expand(-1, 3, -1, -1) for each in rows.values()])
     height, width = (side + 2 for side in pictures.shape[2:])
     grid = make_grid(pictures, nrow=len(columns), padding=2, pad_value=1).permute(1, 2, 0).numpy()
     longest = max(len(line) for name in columns for line in name.split("\n"))
     inches = max(0.8, 4 / len(columns), min(0.1 * longest, 3))  # of a column with its margin
-    figure = new_figure(inches * len(columns), 0.4 + inches * len(rows) * height / width)
+    figure = Figure(figsize=(inches * len(columns), 0.4 + inches * len(rows) * height / width))
     axis = figure.subplots()
     axis.imshow(grid, interpolation="nearest")
     axis.set_title(title, fontsize=10, loc="left")
@@ -339,44 +317,44 @@ def draw_sheet(rows, columns, path, title):
     save_figure(figure, path)
 
 
+@torch.no_grad()
 def draw_reconstructions(model, dataset, args, folder):
-    """recon.png: the first test image of up to ten classes (with its noise, where there is any) and its
-    reconstruction; recon/: each pair as files."""
+    """recon.png: the first test image of up to ten classes, reconstructed; recon/: the pairs as files."""
     from torchvision.utils import save_image
     labels = dataset.test.labels.tolist()
-    chosen = [labels.index(label) for label in range(len(dataset.classes)) if label in labels][:10]
+    chosen = [labels.index(label) for label in sorted(set(labels))[:10]]
     names = [shown(dataset.classes)[labels[row]] for row in chosen]
     batch = next(test_batches(data.Split(*(tensor[chosen] for tensor in dataset.test)), args))
     rows = {"original": data.to_pixels(batch["images"], args.scale)}
     if batch["inputs"] is not batch["images"]:
         rows["with noise"] = data.to_pixels(batch["inputs"], args.scale)
-    rows["reconstruction"] = rebuild(model, batch["inputs"], args)
+    rebuilt = forward(model, batch, args, {"reconstruction"})["reconstruction"]
+    rows["reconstruction"] = data.to_pixels(rebuilt, args.scale)
     note = "" if "decoder" in args.trained else " (the decoder is not trained)"
     draw_sheet(rows, names, folder / "recon.png",
                f"{args.version} on {dataset.name}: test images and their reconstructions{note}")
-    for row, *pair in zip(chosen, rows["original"], rows["reconstruction"]):
-        for pixels, kind in zip(pair, ("", "_recon")):
-            stem = f"{Path(str(dataset.files[row])).stem}_{file_name(dataset.classes[labels[row]])}"
-            path = folder / "recon" / f"{stem}{kind}.png"
-            write_whole(path, lambda part: save_image(pixels, part, format="png"))
+    for i, row in enumerate(chosen):
+        stem = f"{Path(str(dataset.files[row])).stem}_{file_name(dataset.classes[labels[row]])}"
+        for kind, pixels in (("", rows["original"][i]), ("_recon", rows["reconstruction"][i])):
+            write_whole(folder / "recon" / f"{stem}{kind}.png",
+                        lambda part: save_image(pixels, part, format="png"))
 
 
 @torch.no_grad()
 def draw_prior(model, dataset, args, folder):
     """prior.png: images decoded from draws of a variational code's prior."""
-    draws = torch.randn(60, *model.code_shape, generator=torch.Generator().manual_seed(0))
-    with autocast(dataset.test.images.device, args.precision):
-        pixels = model.eval().decoder(draws.to(dataset.test.images.device))
-    rows = {" " * i: row for i, row in enumerate(data.to_pixels(pixels, args.scale).split(10))}
+    device = dataset.test.images.device
+    draws = torch.randn(60, *model.code_shape, generator=torch.Generator().manual_seed(0)).to(device)
+    with autocast(device, args.precision):
+        pixels = data.to_pixels(model.decoder(draws), args.scale)
+    rows = {" " * i: row for i, row in enumerate(pixels.split(10))}
     draw_sheet(rows, [""] * 10, folder / "prior.png", f"{args.version} on {dataset.name}: draws of the prior")
-
-
-MARKERS = "os^Dv<>p*hXP+x1234|_"
 
 
 def draw_plane(codes, labels, classes, path, title):
     """Codes (N, D) as points in the plane, by class: as they are where D is 2, else on their first two
     principal components."""
+    from matplotlib.figure import Figure
     x, axes = codes.cpu().double(), ("first value of the code", "second value of the code")
     if x.shape[1] != 2:
         x = x - x.mean(0)
@@ -385,7 +363,7 @@ def draw_plane(codes, labels, classes, path, title):
         shares = 100 * values / values.sum().clamp(min=1e-12)
         axes = [f"{which} principal component ({share:.0f} % of the variance)"
                 for which, share in zip(("first", "second"), shares[-2:].flip(0).tolist())]
-    figure = new_figure(7, 6)
+    figure = Figure(figsize=(7, 6))
     axis, labels = figure.subplots(), labels.cpu()
     for label, (name, marker) in enumerate(zip(shown(classes), MARKERS)):
         axis.plot(*x[labels == label].T, f"C{label % 10}{marker}", markersize=3, alpha=0.6,
@@ -398,52 +376,43 @@ def draw_plane(codes, labels, classes, path, title):
 
 def draw_confusion(confusion, classes, path, title):
     """Counts [true][predicted] as a picture, in percent of each true class."""
-    counts = np.asarray(confusion, dtype=float)
+    from matplotlib.figure import Figure
+    counts = np.array(confusion)
     share = 100 * counts / counts.sum(1, keepdims=True).clip(min=1)
-    few, note = len(classes) <= 20, "" if len(classes) <= 20 else " (its number, from 0)"
-    figure = new_figure(*(2.6 + 0.5 * min(len(classes), 20),) * 2)
+    figure = Figure(figsize=(2.6 + 0.5 * min(len(classes), 20),) * 2)
     axis = figure.subplots()
     picture = axis.imshow(share, cmap="Greys", vmin=0, vmax=100)
     figure.colorbar(picture, label="% of the true class", fraction=0.046)
-    if few:
+    if len(classes) <= 20:
         axis.set_xticks(range(len(classes)), shown(classes), rotation=45, ha="right")
         axis.set_yticks(range(len(classes)), shown(classes))
         for (row, column), value in np.ndenumerate(share):
             if value >= 0.05:
                 axis.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=7,
                           color="white" if value > 55 else "black")
-    axis.set(xlabel=f"predicted class{note}", ylabel=f"true class{note}", title=title)
+    axis.set(xlabel="predicted class", ylabel="true class", title=title)
     save_figure(figure, path)
 
 
-def epochs_axis(axis):
-    axis.set_xlabel("epoch")
-    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    axis.ticklabel_format(axis="y", useOffset=False)
-    axis.grid(alpha=0.3)
-
-
-def draw_curves(rows, path, title, note):
-    """Train and test losses and accuracy over the epochs, one panel for each that there is. note: what only
-    the training's classifier loss has, for the legend."""
-    panels = [(f"{term.name} loss", term.name, term.unit) for term in losses.TERMS.values()]
-    panels = [panel for panel in (*panels, ("accuracy", "accuracy", "accuracy (%)"))
-              if any(row.get(f"test_{panel[1]}") is not None for row in rows)]
-    epochs = [row["epoch"] for row in rows]
-    figure = new_figure(4.2 * len(panels), 4, layout="constrained")
-    for axis, (name, key, unit) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        notes = {"train": {"accuracy": " (while it learns)", "classifier": note}.get(key, "")}
-        for part, style in (("train", "C0-"), ("test", "C1--")):
-            values = [row[f"{part}_{key}"] for row in rows]
-            marker = "o" if sum(value is not None for value in values) == 1 else None
-            label = part + notes.get(part, "")
-            axis.plot(epochs, np.array(values, dtype=float), style, marker=marker, label=label)
+def draw_curves(rows, args, path, title):
+    """Train and test losses and accuracy over the epochs, one panel for each that there is."""
+    from matplotlib.figure import Figure
+    units = {term.name: term.unit for term in losses.TERMS.values()} | {"accuracy": "accuracy (%)"}
+    keys = [key for key in units if any(row.get(f"test_{key}") is not None for row in rows)]
+    note = " (smoothed labels)" * bool(args.label_smoothing) + " (class weights)" * bool(args.class_weights)
+    notes = {"accuracy": " (while it learns)", "classifier": note}  # of the training's figures alone
+    figure = Figure(figsize=(4.2 * len(keys), 4), layout="constrained")
+    for axis, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys):
+        for part, style, note in (("train", "C0.-", notes.get(key, "")), ("test", "C1.--", "")):
+            values = np.array([row[f"{part}_{key}"] for row in rows], dtype=float)
+            axis.plot(range(1, len(rows) + 1), values, style, label=part + note)
         if key == "accuracy":
             best, on = best_row(rows)
             axis.plot(best["epoch"], best["test_accuracy"], "k^", markersize=6,
                       label=f"test at the best epoch (on {on}): {best['test_accuracy']:.2f} %")
-        axis.set(title=name, ylabel=unit)
-        epochs_axis(axis)
+        axis.set(title=key + " loss" * (key != "accuracy"), xlabel="epoch", ylabel=units[key])
+        axis.locator_params(axis="x", integer=True, min_n_ticks=1)
+        axis.grid(alpha=0.3)
         axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2))  # below: on no curve
     figure.suptitle(title)
     save_figure(figure, path)
@@ -455,12 +424,15 @@ MEASURES = [("MSE", "mse", "{:.6f}"), ("MAE", "mae", "{:.5f}"), ("PSNR", "psnr",
             ("PSNR of the noisy input", "noisy_psnr", "{:.2f} dB"),
             ("sum of |errors| per image", "absolute_error", "{:.2f}"),
             ("|sum of errors| per image", "net_error", "{:.2f}")]
+CHANCE = ("at chance: not above the largest class's share by more than chance explains; in training, more\n"
+          "epochs, more images or a later fall of the learning rate (--lr-step) may help")
 
 
 def report(model, dataset, args, folder, tested, rows=None):
     """Prints, draws and keeps in `folder` what a model does on the test images: metrics.json, predictions.csv
     and the pictures. tested: of `measure`. rows: the log of the run that has just ended with this model.
     Returns the metrics, a dict."""
+    model.eval()
     count = models.parameter_count(model)
     metrics = {"dataset": dataset.name, "source": dataset.source, "test_images": len(dataset.test.labels),
                "code": math.prod(model.code_shape), "parameters": count, "megabytes": count * 4 / 1e6}
@@ -472,12 +444,19 @@ def report(model, dataset, args, folder, tested, rows=None):
         for name, key, style in MEASURES:
             if key in tested:
                 metrics["reconstruction"][key] = tested[key]
-                number, _, unit = style.format(tested[key]).partition(" ")
-                print(f"  {name:<26}{number:>10} {unit}".rstrip())
+                print(f"  {name:<28}{style.format(tested[key])}")
     if rows:
-        metrics |= report_run(model, dataset, args, rows)
-        note = " (smoothed labels)" * bool(args.label_smoothing) + " (class weights)" * bool(args.class_weights)
-        draw_curves(rows, folder / "curves.png", f"{folder.name} on {dataset.name}", note)
+        # The log's training accuracy is a mean over the epoch, with dropout and distorted images.
+        sample = drawn(dataset.labelled or dataset.train, 10_000)
+        n, measured = len(sample.labels), measure(model, sample, args)
+        styles = {"accuracy": "accuracy {:.1f} %", "psnr": "PSNR {:.2f} dB"}
+        texts = [style.format(measured[key]) for key, style in styles.items() if key in measured]
+        print(f"{n:,} training images, measured as the test images are: {', '.join(texts)}")
+        fit = {key: measured[key] for key in ("accuracy", "mse", "psnr") if key in measured}
+        seconds = sorted(row["seconds"] for row in rows)[len(rows) // 2]
+        metrics |= {"epochs": len(rows), "training_images": {"images": n} | fit, "seconds_per_epoch": seconds,
+                    "seconds": sum(row["seconds"] + row["test_seconds"] for row in rows)}
+        draw_curves(rows, args, folder / "curves.png", f"{folder.name} on {dataset.name}")
     if model.decoder is not None:
         draw_reconstructions(model, dataset, args, folder)
     if model.variational and "decoder" in args.trained:
@@ -490,40 +469,25 @@ def report(model, dataset, args, folder, tested, rows=None):
     return metrics
 
 
-def report_run(model, dataset, args, rows):
-    """The metrics of a run from its log: speed, and its training images measured as the test images are. (The
-    log's training accuracy is a mean over the epoch, with dropout and distorted images, as the weights
-    change.)"""
-    sample = drawn(dataset.labelled or dataset.train, 10_000)
-    measured = measure(model, sample, args)
-    fit = {key: measured[key] for key in ("accuracy", "mse", "psnr") if key in measured}
-    parts = [f"accuracy {fit['accuracy']:.{digits(len(sample.labels))}f} %"] if "accuracy" in fit else []
-    parts += [f"PSNR {fit['psnr']:.2f} dB"] if "psnr" in fit else []
-    print(f"{len(sample.labels):,} training images, measured as the test images are: {', '.join(parts)}")
-    seconds = sorted(row["seconds"] for row in rows)[len(rows) // 2]
-    return {"epochs": len(rows), "training_images": {"images": len(sample.labels)} | fit,
-            "seconds_per_epoch": seconds, "images_per_second": len(dataset.train.labels) / seconds,
-            "seconds": sum(row["seconds"] + row["test_seconds"] for row in rows)}
-
-
 def report_classes(dataset, args, folder, tested, rows):
     """The metrics of a classifier, printed; confusion.png and predictions.csv."""
     n, names = len(dataset.test.labels), dataset.classes
     largest, places = 100 * max(map(sum, tested["confusion"])) / n, digits(n)
+    bound = largest + 2 * math.sqrt(largest * (100 - largest) / n)  # by two standard errors
     accuracy = {"test": tested["accuracy"], "largest_class": largest,
-                "at_chance": at_chance(tested["accuracy"], largest, n)}
+                "at_chance": tested["accuracy"] <= bound and largest < 100}  # one class alone does not tell
     when = " after the last epoch" if rows else ""
     print(f"test accuracy{when}: {tested['accuracy']:.{places}f} % of {n:,} images (always the largest "
           f"class: {largest:.{places}f} %)")
     if accuracy["at_chance"]:
-        print(CHANCE if rows else "at chance: not better than the largest class by more than chance explains")
+        print(CHANCE)
     if rows:
         best, on = best_row(rows)
         accuracy |= {"best": best["test_accuracy"], "best_epoch": best["epoch"], "best_chosen_on": on}
         print(f"best epoch (on {on}): {best['test_accuracy']:.{places}f} %, epoch {best['epoch']}")
     if "accuracy_mirrored" in tested:
-        accuracy["mirrored"] = tested["accuracy_mirrored"]
-        print(f"with the scores of each image and its mirror image averaged: {accuracy['mirrored']:.{places}f} %")
+        mirrored = accuracy["mirrored"] = tested["accuracy_mirrored"]
+        print(f"with the scores of each image and its mirror image averaged: {mirrored:.{places}f} %")
     per_class, width = losses.per_class(tested["confusion"], names), max(10, *map(len, names))
     if len(names) <= 20:
         print(f"{'class':<{width}}{'images':>8}{'recall %':>10}{'precision %':>13}{'F1 %':>8}")
@@ -532,11 +496,10 @@ def report_classes(dataset, args, folder, tested, rows):
             print(f"{name:<{width}}{row['images']:>8,}{cells[0]:>10}{cells[1]:>13}{cells[2]:>8}")
     draw_confusion(tested["confusion"], names, folder / "confusion.png",
                    f"{args.version} on {dataset.name}: accuracy {tested['accuracy']:.{places}f} %")
-    columns = (dataset.files, dataset.test.labels.tolist(), tested["predicted"].tolist(),
-               tested["probability"].tolist())
+    columns = dataset.files, dataset.test.labels.tolist(), tested["predicted"], tested["probability"]
     write_csv(folder / "predictions.csv", [
-        {"image": image, "true": names[label], "predicted": names[guess], "probability": f"{chance:.4f}"}
-        for image, label, guess, chance in zip(*columns)])
+        {"image": file, "true": names[label], "predicted": names[guess], "probability": f"{chance:.4f}"}
+        for file, label, guess, chance in zip(*columns)])
     return {"accuracy": accuracy, "per_class": per_class}
 
 

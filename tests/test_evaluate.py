@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torchvision.utils import make_grid
 
 import data
 import evaluate
@@ -36,8 +37,7 @@ def small(encoder="C(4)"):
 
 def noise(n):
     """A Split of n images (3, 12, 12) of noise, of three classes in turn."""
-    draw = torch.Generator().manual_seed(1)
-    images = torch.randint(0, 256, (n, 3, 12, 12), generator=draw, dtype=torch.uint8)
+    images = torch.randint(0, 256, (n, 3, 12, 12), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     return data.Split(images.contiguous(memory_format=torch.channels_last), torch.arange(n) % 3)
 
 
@@ -49,12 +49,10 @@ def figures(monkeypatch):
     return drawn
 
 
-def pictures_of(figure):
-    """The pictures of a sheet of 12x12 pixels each, (rows, columns, C, H, W)."""
-    axis = figure.axes[0]
-    sheet = torch.tensor(np.asarray(axis.images[0].get_array())).permute(2, 0, 1)
-    tops, lefts = ([round(tick - 5) for tick in ticks] for ticks in (axis.get_yticks(), axis.get_xticks()))
-    return torch.stack([torch.stack([sheet[:, y:y + 12, x:x + 12] for x in lefts]) for y in tops])
+def assert_sheet(figure, pictures, columns):
+    """That a sheet shows these pictures (N, C, H, W), so many in a row."""
+    expected = make_grid(pictures, nrow=columns, pad_value=1).permute(1, 2, 0)
+    torch.testing.assert_close(torch.tensor(figure.axes[0].images[0].get_array()), expected)
 
 
 def read_csv(path):
@@ -136,12 +134,9 @@ def test_measures_are_the_plain_formulas():
         {key: value.item() for key, value in expected.items()}, rel=1e-4)
     assert torch.equal(found.pop("predicted"), chances.argmax(1))
     torch.testing.assert_close(found.pop("probability").double(), chances.amax(1), rtol=1e-4, atol=0)
-    counts = np.zeros((3, 3), int)
-    np.add.at(counts, (labels, logits.argmax(1)), 1)
-    assert found == {"confusion": counts.tolist()}
-    codes, seen = model.encode(images).flatten(1).float(), data.normalise(split.images)
+    assert found == {"confusion": losses.confusion_matrix(labels, logits.argmax(1), 3).tolist()}
+    codes = model.encode(images).flatten(1).float()
     torch.testing.assert_close(evaluate.encode(model.float(), split, args), codes, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(evaluate.rebuild(model, seen, args), clamped.float(), rtol=1e-4, atol=1e-5)
     for flag, absent in (("--beta", {"mse", "autoencoder"}), ("--alpha", {"accuracy", "classifier"})):
         assert not absent & set(evaluate.measure(model, split, settings(flag, "0")))
 
@@ -232,38 +227,32 @@ def test_the_report_of_a_run(run):
     column = [row["test_accuracy"] for row in rows]
     assert (accuracy["test"], accuracy["best"]) == (column[-1], max(column)) and column[-1] > 90
     assert (accuracy["best_chosen_on"], accuracy["at_chance"]) == ("test", False)
-    for key, value in run.metrics["reconstruction"].items():
-        assert value == rows[-1][f"test_{key}"]
+    assert all(value == rows[-1][f"test_{key}"] for key, value in run.metrics["reconstruction"].items())
     measured, sample = evaluate.measure(run.model, run.data.train, run.args), run.metrics["training_images"]
-    for key in ("accuracy", "mse", "psnr"):
-        assert sample[key] == pytest.approx(measured[key])
+    assert sample == {"images": 90} | {key: pytest.approx(measured[key]) for key in ("accuracy", "mse", "psnr")}
     assert sample["accuracy"] > rows[-1]["train_accuracy"] + 1  # a mean over the epoch, under dropout
     assert set(run.figures) == {"confusion.png", "curves.png", "recon.png", "codes.png"}
     # The curves are the columns of the log: training solid, test dashed; the mark is at the best epoch.
-    names = ("classifier", "autoencoder", "accuracy")
-    for axis, name in zip(run.figures["curves.png"].axes, names, strict=True):
+    for axis, name in zip(run.figures["curves.png"].axes, ("classifier", "autoencoder", "accuracy"), strict=True):
         for line, part, style in zip(axis.lines, ("train", "test"), ("-", "--")):
             assert line.get_xydata().tolist() == [[row["epoch"], row[f"{part}_{name}"]] for row in rows]
             assert line.get_linestyle() == style
-    best, _ = evaluate.best_row(rows)
-    assert axis.lines[2].get_xydata().tolist() == [[best["epoch"], best["test_accuracy"]]]
+    assert axis.lines[2].get_xydata().tolist() == [[accuracy["best_epoch"], accuracy["best"]]]
 
 
 def test_the_checkpoint_alone_gives_the_same_figures(run, figures, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)  # from another folder
     assert evaluate.main(["--ckpt", str(run.ckpt), "--device", "cpu"]) == 0
-    folder = run.folder / "evaluation-last"
+    folder, printed = run.folder / "evaluation-last", capsys.readouterr().out
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["accuracy"].items() <= run.metrics["accuracy"].items() and len(metrics["accuracy"]) == 4
     assert metrics["reconstruction"] == run.metrics["reconstruction"] and list(tmp_path.iterdir()) == []
-    printed = capsys.readouterr().out
     assert "% of 30 images (always the largest class: 47 %)" in printed and evaluate.CHANCE not in printed
-    with torch.no_grad():
-        chances, predicted = run.model(data.normalise(run.data.test.images))[0].softmax(1).max(1)
-    labels, names = run.data.test.labels, run.data.classes
-    rows = [{"image": str(i), "true": names[labels[i]], "predicted": names[predicted[i]],
-             "probability": f"{chances[i]:.4f}"} for i in range(30)]
-    assert rows == read_csv(folder / "predictions.csv") == read_csv(run.folder / "predictions.csv")
+    rows, labels, names = read_csv(folder / "predictions.csv"), run.data.test.labels, run.data.classes
+    chances, guesses = run.model(data.normalise(run.data.test.images))[0].softmax(1).max(1)
+    assert rows == read_csv(run.folder / "predictions.csv") == [
+        {"image": str(i), "true": names[labels[i]], "predicted": names[guesses[i]],
+         "probability": f"{chances[i]:.4f}"} for i in range(30)]
 
 
 def test_a_changed_data_set_is_noted_and_another_one_used_whole(run, tmp_path, capsys):
@@ -281,32 +270,19 @@ def test_a_changed_data_set_is_noted_and_another_one_used_whole(run, tmp_path, c
     assert other.classes == run.data.classes  # by their numbers
 
 
-def test_the_first_part_of_separate_training_has_no_accuracy(run, figures, tmp_path, capsys):
-    content = torch.load(run.ckpt, weights_only=True)
-    content["settings"] = vars(train.phases(Namespace(**vars(run.args) | {"separate": True}))[0])
-    torch.save(content, tmp_path / "part.pt")
-    report = report_of(tmp_path / "out", "--ckpt", tmp_path / "part.pt")
-    assert not {"accuracy", "per_class"} & set(report) and report["reconstruction"]["psnr"] > 0
-    assert "accuracy" not in capsys.readouterr().out and "confusion.png" not in figures
-
-
 def test_sheets_have_each_picture_in_its_place(run, figures, tmp_path):
     """The first image of each class; draws of the prior, ten in a row."""
     args = Namespace(**vars(run.args) | {"noise": 0.1})
     evaluate.draw_reconstructions(run.model, run.data, args, tmp_path)
     images = run.data.test.images[[0, 10, 24]]
     seen = data.add_noise(data.normalise(images), 0.1, torch.Generator().manual_seed(0))
-    rows = [images / 255, data.to_pixels(seen), evaluate.rebuild(run.model, seen, args)]
-    torch.testing.assert_close(pictures_of(figures["recon.png"]), torch.stack(rows))
-    names = [label.get_text() for label in figures["recon.png"].axes[0].get_xticklabels()]
-    assert names == run.data.classes
+    rebuilt = data.to_pixels(run.model(seen)[1].detach())
+    assert_sheet(figures["recon.png"], torch.cat([images / 255, data.to_pixels(seen), rebuilt]), 3)
     assert np.array_equal(Image.open(tmp_path / "recon/10_green.png"), images[1].permute(1, 2, 0))
-    model, split = small("C(4)>N(3)"), noise(5)
-    evaluate.draw_prior(model, data.Dataset("set", "", [*"abc"], split, split), settings(), tmp_path)
+    model = small("C(4)>N(3)")
+    evaluate.draw_prior(model, data.Dataset("set", "", [*"abc"], None, noise(5)), settings(), tmp_path)
     codes = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = data.to_pixels(model.decoder(codes), "imagenet").unflatten(0, (6, 10))
-    torch.testing.assert_close(pictures_of(figures["prior.png"]), expected)
+    assert_sheet(figures["prior.png"], data.to_pixels(model.decoder(codes).detach()), 10)
 
 
 def test_a_plane_of_longer_codes_keeps_their_principal_axes(figures, tmp_path):
@@ -317,7 +293,7 @@ def test_a_plane_of_longer_codes_keeps_their_principal_axes(figures, tmp_path):
     basis = torch.linalg.qr(torch.randn(10, 10)).Q[:2]
     evaluate.draw_plane(plane @ basis + 3, torch.zeros(300), ["_one"], tmp_path / "a.png", "")
     axis, = figures["a.png"].axes
-    drawn = torch.tensor(np.array(axis.lines[0].get_data())).T
+    drawn = torch.tensor(axis.lines[0].get_xydata())
     torch.testing.assert_close(F.pdist(drawn), F.pdist(plane.double()), rtol=1e-3, atol=1e-3)
     assert "(8" in axis.get_xlabel()  # 25 of 29 parts of the variance, 86 %, or near it
     assert axis.get_legend().get_texts()[0].get_text().strip() == "_one"  # matplotlib leaves out such labels
@@ -328,8 +304,8 @@ def test_the_confusion_picture_is_in_percent_of_each_true_class(tmp_path, monkey
     """A name that the font lacks is drawn as a number, without a warning; "$a$" as it is, no formula."""
     seen = []
     monkeypatch.setattr(evaluate, "save_figure", lambda *both: seen.append(both[0]) or SAVE_FIGURE(*both))
-    counts, names = [[3, 1, 0], [0, 0, 0], [0, 2, 6]], ["$a$", "猫", "Öl"]
-    evaluate.draw_confusion(counts, names, tmp_path / "c.png", "水果: 1")
+    names = ["$a$", "猫", "Öl"]
+    evaluate.draw_confusion([[3, 1, 0], [0, 0, 0], [0, 2, 6]], names, tmp_path / "c.png", "水果: 1")
     axis = seen[0].axes[0]
     assert {text.get_position(): text.get_text() for text in axis.texts} == {
         (0, 0): "75.0", (1, 0): "25.0", (1, 2): "25.0", (2, 2): "75.0"}  # (predicted, true)
@@ -477,11 +453,17 @@ def test_runs_without_a_classifier_are_compared_by_their_psnr(compared, figures,
     assert figures["comparison.png"].axes[1].get_xlabel() == "dB of PSNR more than with lr=0.01 →"
 
 
-def test_digits_chance_and_intervals_by_hand():
+@pytest.mark.parametrize("right, largest, chance", [(68.2, 15, True), (68.3, 15, False), (95.0, 30, False)])
+def test_chance_by_hand(right, largest, chance, run, figures, tmp_path):
+    """Of 30 images, half of a class: the standard error is sqrt(50 * 50 / 30) = 9.13; one class tells nothing."""
+    labels, counts = run.data.test.labels, [[largest, 0, 0], [0, 30 - largest, 0], [0, 0, 0]]
+    tested = {"accuracy": right, "confusion": counts, "predicted": labels, "probability": labels}
+    found = evaluate.report_classes(run.data, run.args, tmp_path, tested, None)
+    assert found["accuracy"]["at_chance"] is chance
+
+
+def test_digits_and_intervals_by_hand():
     assert [evaluate.digits(n) for n in (1, 100, 101, 1000, 10_000)] == [0, 0, 1, 1, 2]
-    # A tenth of 100 images: the standard error is sqrt(10 * 90 / 100) = 3 points.
-    assert evaluate.at_chance(16.0, 10, 100) and not evaluate.at_chance(16.1, 10, 100)
-    assert not evaluate.at_chance(95.0, 100, 20)  # images of one class: nothing to tell apart
     # Intervals of means of 3 draws cover the truth in 95 % of 2,000 samples.
     samples = np.random.default_rng(0).normal(7, 2, (2000, 3))
     t = evaluate.mean_interval(samples[0])[1] / samples[0].std(ddof=1)  # over sqrt(3): it depends on n alone
