@@ -585,8 +585,8 @@ def to_pixels(normalised, scale="imagenet"):
 
 
 def add_noise(images, std, generator, scale="imagenet"):
-    """Normalised images (B, C, H, W) with Gaussian noise, std in pixels of 0-1. generator: a torch.Generator
-    of their device."""
+    """Normalised images (B, C, H, W) with Gaussian noise, std in pixels of 0-1; as they are where it is 0.
+    generator: a torch.Generator of their device."""
     if not std:
         return images
     b, c, h, w = images.shape

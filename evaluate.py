@@ -4,28 +4,25 @@
     python evaluate.py --ckpt outputs/v4/best.pt --images cat.png holiday/
     python evaluate.py --compare outputs/v4 outputs/v4_beta0
 
-A checkpoint holds its network, its data set and its settings. This file has, from top to bottom: errors and
-devices, files and checkpoints, measures, pictures, the report of a model, runs compared, the command line.
-train.py measures with `measure` after each epoch and ends with `report`.
+This file has, from top to bottom: errors and devices, files and data, measures, pictures, the report of a
+model, runs compared, the command line. train.py calls `measure` after each epoch and `report` at the end.
 """
 import argparse
 import contextlib
 import csv
 import ctypes
+import io
 import json
 import math
 import os
 import re
 import sys
 import time
-from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 import data
 import losses
@@ -44,13 +41,10 @@ class Stopped(RuntimeError):
 def errors(program):
     """Ends a command line with one line on stderr and a status: 2 for what the user can correct, 1 for a run
     that cannot continue, 130 for Ctrl-C. An attribute `advice` of the exception is appended to the line."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # an output that is not Unicode has no ±
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no such method
+        sys.stdout.reconfigure(errors="replace")  # an output that is not Unicode has no ±
     try:
         yield
-    except BrokenPipeError:  # of `| head`: a later flush would complain once more
-        os._exit(141)
     except (Exception, KeyboardInterrupt) as error:
         text, users = str(error), (UsageError, models.NotationError, models.CheckpointError, data.DataError)
         if isinstance(error, KeyboardInterrupt):
@@ -73,22 +67,18 @@ def fail(message):
     raise UsageError(message + hint)
 
 
-# ---------------------------------------------------------------- devices, precision, processes
+# ---------------------------------------------------------------- devices and precision
 
 def pick_device(name):
     """The torch.device of that name; "auto" is CUDA where there is a GPU, else the CPU. UsageError."""
     if name == "auto":
-        if torch.backends.mps.is_available():
-            print("note: --device mps would use this machine's GPU (we have not run it)")
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
-        raise UsageError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
     try:
         torch.empty(0, device=name)
         return torch.device(name)
     except (RuntimeError, AssertionError):
         raise UsageError(f"--device {name}: unavailable on this machine with {torch.cuda.device_count()} "
-                         "CUDA GPUs; expected auto, or a device that is there") from None
+                         "CUDA GPUs; expected auto, cpu, cuda, cuda:N or mps") from None
 
 
 def keep_freed_memory():
@@ -100,9 +90,6 @@ def keep_freed_memory():
         mallopt(-1, 2**30)       # M_TRIM_THRESHOLD
 
 
-CPUINFO = Path("/proc/cpuinfo")
-
-
 def pick_precision(name, device):
     """"bf16" or "fp32"; "auto" is bf16 where the device computes it faster in hardware: GPUs; CPUs with AMX;
     AMD's with AVX-512. Intel's with AVX-512 alone multiply bfloat16 at about half the speed of float32."""
@@ -110,7 +97,8 @@ def pick_precision(name, device):
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    text = CPUINFO.read_text() if CPUINFO.exists() and device.type == "cpu" else ""  # of Linux alone
+    cpuinfo = Path("/proc/cpuinfo")  # of Linux alone
+    text = cpuinfo.read_text() if device.type == "cpu" and cpuinfo.exists() else ""
     return "bf16" if "amx_bf16" in text or "AuthenticAMD" in text and "avx512_bf16" in text else "fp32"
 
 
@@ -119,12 +107,7 @@ def autocast(device, precision):
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 
-def process():
-    """(rank, processes): this process and how many train together (torchrun); else (0, 1)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-# ---------------------------------------------------------------- files and checkpoints
+# ---------------------------------------------------------------- files and data
 
 def write_whole(path, write):
     """Calls write(temporary path) beside `path` and moves the result into place, so that a file is either the
@@ -145,27 +128,17 @@ def write_json(path, content):
 
 def write_csv(path, rows):
     """Writes dicts of the same keys as the rows of a table."""
-    def write(part):
-        with open(part, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-    write_whole(path, write)
-
-
-def load_checkpoint(path):
-    """(model, args, content) of a checkpoint of train.py, on the CPU, in eval mode. args: the settings of its
-    run, a Namespace. Runs no code from the file. CheckpointError, UsageError."""
-    model, content = models.load(path)
-    if "settings" not in content:
-        raise UsageError(f"{path}: has no settings; expected a checkpoint that train.py wrote")
-    return model, Namespace(**content["settings"]), content
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, lambda part: part.write_text(table.getvalue(), encoding="utf-8", newline=""))
 
 
 def load_data(args, **changes):
     """The data.Dataset of settings, on the CPU. changes: other arguments of data.load. DataError."""
-    names = ("dataset", "data_dir", "size", "classes", "train_size", "test_size", "val_share",
-             "labels", "variant", "constrain", "blur", "seed")
+    names = ("dataset", "data_dir", "size", "classes", "train_size", "test_size", "val_share", "labels",
+             "variant", "constrain", "blur", "seed")
     settings = {name: getattr(args, name) for name in names} | changes
     if args.size and args.margin:
         settings["size"] = args.size * 8 // 7  # of a folder's pictures, as they are read
@@ -210,34 +183,25 @@ def forward(net, batch, args, needed, model=None):
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
-def with_noise(images, args, generator):
-    """Normalised images with the noise of the settings, std in pixels of 0-1."""
-    return data.add_noise(images, args.noise, generator, args.scale) if args.noise else images
-
-
 def test_batches(split, args):
     """Yields a Split in order, in batches that are not trained on: dicts of images, labels, inputs (with
     noise, the same at every call) and, for the jigsaw loss, order."""
-    device, n, size = split.labels.device, len(split.labels), 100
-    if device.type == "cuda":  # a small batch's kernels take the CPU longer to start than the GPU to run
-        pixels = args.size ** 2 if args.size else math.prod(split.images.shape[2:])
-        size = min(1000, max(100, 4_096_000 // pixels))
-    noise, tiles = torch.Generator(device).manual_seed(0), torch.Generator().manual_seed(0)
-    grid = args.jigsaw_grid if args.delta else 0
-    orders = torch.rand(n, grid ** 2, generator=tiles).argsort(1).to(device)
-    batches = data.batches(split, size, **args.preparation)
-    for (images, labels), (start, stop) in zip(batches, data.bounds(n, size)):
-        inputs = images if args.clean_test else with_noise(images, args, noise)
-        yield {"images": images, "labels": labels, "inputs": inputs, "order": orders[start:stop]}
+    device, grid = split.labels.device, args.jigsaw_grid if args.delta else 0
+    noise, tiles = (torch.Generator(device).manual_seed(0) for _ in range(2))
+    # A small batch's kernels take the CPU longer to start than the GPU to run.
+    size = 1000 if device.type == "cuda" and (args.size or split.images.shape[3]) <= 64 else 100
+    for images, labels in data.batches(split, size, **args.preparation):
+        inputs = images if args.clean_test else data.add_noise(images, args.noise, noise, args.scale)
+        order = torch.rand(len(images), grid ** 2, generator=tiles, device=device).argsort(1)
+        yield {"images": images, "labels": labels, "inputs": inputs, "order": order}
 
 
 @torch.no_grad()
 def measure(model, split, args, mirrored=False):
     """A model's losses and errors on a Split, a dict of plain numbers: its loss terms by name; accuracy in
-    percent, with mirrored=True also accuracy_mirrored, for which the logits of each image and its mirror
-    image are averaged; the means over the images of losses.reconstruction_errors, on pixels of 0-1, the
-    reconstruction clamped to them as in a saved picture. Beside them confusion, counts [true class][predicted
-    class], and the tensors predicted and probability, (N,) each.
+    percent, with mirrored=True also accuracy_mirrored, of the logits of each image and its mirror image
+    averaged; the means over the images of losses.reconstruction_errors, on pixels of 0-1, to which they are
+    clamped. Also confusion, counts [true class][predicted class], and the tensors predicted and probability.
 
     args.trained: the parts that are measured, of "classifier" and "decoder". With noise in the settings the
     network sees noisy images, the errors are against the clean ones, and noisy_psnr is the input's own.
@@ -255,8 +219,8 @@ def measure(model, split, args, mirrored=False):
             logits.append(tensors["logits"].float())
             if mirrored:
                 flipped = forward(model, {"inputs": batch["inputs"].flip(3)}, args, {"logits"})["logits"]
-                both = logits[-1] + flipped.float()
-                found["accuracy_mirrored"] = 100.0 * (both.argmax(1) == batch["labels"]).sum()
+                guesses = (logits[-1] + flipped).argmax(1)
+                found["accuracy_mirrored"] = 100.0 * (guesses == batch["labels"]).sum()
         if "reconstruction" in tensors:
             pixels = data.to_pixels(batch["images"], args.scale)
             each = losses.reconstruction_errors(data.to_pixels(tensors["reconstruction"], args.scale), pixels)
@@ -277,20 +241,10 @@ def measure(model, split, args, mirrored=False):
 
 @torch.no_grad()
 def encode(model, split, args):
-    """The codes of a Split's images without noise, flat: (N, values) float32, on its device."""
-    model.eval()
-    codes = []
-    for batch in test_batches(split, args):
-        with autocast(split.labels.device, args.precision):
-            codes.append(model.encode(batch["images"]).flatten(1).float())
-    return torch.cat(codes)
-
-
-@torch.no_grad()
-def rebuild(model, inputs, args):
-    """The pixels (B, C, H, W) of 0-1 that the model reconstructs from normalised images."""
-    with autocast(inputs.device, args.precision):
-        return data.to_pixels(model.eval()(inputs, classify=False)[1], args.scale)
+    """The codes of a Split's images without noise, flat: (N, values) float32. model: in eval mode."""
+    with autocast(split.labels.device, args.precision):
+        codes = [model.encode(batch["images"]) for batch in test_batches(split, args)]
+    return torch.cat(codes).flatten(1).float()
 
 
 def drawn(split, count):
@@ -299,32 +253,10 @@ def drawn(split, count):
     return data.Split(split.images[rows], split.labels[rows])
 
 
-def vote(labels, classes):
-    """The class that most of the neighbours have, of equally frequent ones the nearest's: labels (Q, k),
-    nearest first -> (Q,)."""
-    votes = torch.zeros(len(labels), classes, device=labels.device)
-    votes.scatter_add_(1, labels, torch.ones_like(labels, dtype=votes.dtype))
-    leads = votes.gather(1, labels) == votes.amax(1, keepdim=True)
-    rank = torch.arange(labels.shape[1], 0, -1, device=labels.device)
-    return labels.gather(1, (leads * rank).argmax(1, keepdim=True)).squeeze(1)
-
-
-def knn(points, labels, queries, answers, k, classes):
-    """The accuracy in percent of the k nearest neighbours. points (N, D) and queries (Q, D) with their labels
-    (N,) and answers (Q,)."""
-    neighbours = labels[data.nearest(queries, points, k)]
-    return 100 * (vote(neighbours, classes) == answers).double().mean().item()
-
-
-def chosen_on(rows):
-    """"val" or "test": which images choose the best epoch of a log."""
-    return "test" if rows[0]["val_accuracy"] is None and rows[0]["val_mse"] is None else "val"
-
-
 def best_row(rows):
-    """The row of a log with the highest accuracy or, where no classifier was trained, the least MSE, the last
-    one where epochs tie: on held-out images where there are any, else on the test images."""
-    part = chosen_on(rows)
+    """(row, part): the row of a log with the highest accuracy or, where no classifier was trained, the least
+    MSE, the last one where epochs tie; part: "val" where images are held out to choose it, else "test"."""
+    part = "test" if rows[0]["val_accuracy"] is None and rows[0]["val_mse"] is None else "val"
     classified = [row for row in rows if row[f"{part}_accuracy"] is not None]
     if classified:
         return max(reversed(classified), key=lambda row: row[f"{part}_accuracy"]), part
@@ -336,43 +268,28 @@ def digits(n):
     return max(0, math.ceil(math.log10(n)) - 2)
 
 
-def at_chance(accuracy, largest, n):
-    """Whether an accuracy on n images is not above the largest class's share (both in percent) by more than
-    two standard errors: by more than chance explains. Images of one class alone do not tell."""
-    return largest < 100 and bool(accuracy <= largest + 2 * math.sqrt(largest * (100 - largest) / n))
-
-
-CHANCE = ("at chance: nothing learnt that tells the classes apart; more --epochs, more images or a later fall of the\n"
-          "learning rate (--lr-step) may help")
-
-
 # ---------------------------------------------------------------- pictures
+# matplotlib is imported where something is drawn: it takes a second.
+MARKERS = "os^Dv<>p*hXP+x1234|_"  # of classes, of groups of runs
 
-def new_figure(width, height, **options):
-    """A matplotlib Figure, in inches. Importing matplotlib takes a second: only what draws does it."""
-    from matplotlib.figure import Figure
-    return Figure(figsize=(width, height), **options)
+
+def drawable(text):
+    """A text with ? in place of the letters that matplotlib's font lacks, which would be empty boxes."""
+    from matplotlib import font_manager
+    font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
+    return "".join(letter if letter == "\n" or font.get_char_index(ord(letter)) else "?" for letter in text)
 
 
 def shown(names, kind="class"):
-    """Names as a picture can show them: by their number where matplotlib's font lacks a letter."""
-    return [drawable(name, f"{kind} {i}") for i, name in enumerate(names)]
-
-
-def drawable(text, instead):
-    """A text for a picture, or another one where matplotlib's font lacks one of its letters."""
-    from matplotlib import font_manager
-    font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
-    return text if all(font.get_char_index(ord(letter)) for letter in text) else instead
+    """Names as a picture can show them: by their number where one is not `drawable`."""
+    return [name if name == drawable(name) else f"{kind} {i}" for i, name in enumerate(names)]
 
 
 def save_figure(figure, path):
     """A Figure as a PNG, with all of it inside, which its layout alone does not guarantee."""
     from matplotlib.text import Text
     for text in figure.findobj(Text):
-        text.set_parse_math(False)  # a name may have two $
-        lines = text.get_text().split("\n")
-        text.set_text("\n".join(drawable(line, line.encode("ascii", "replace").decode()) for line in lines))
+        text.set(parse_math=False, text=drawable(text.get_text()))  # a name may have two $
     write_whole(path, lambda part: figure.savefig(part, dpi=150, bbox_inches="tight", format="png"))
 
 
@@ -381,15 +298,15 @@ def file_name(text):
 
 
 def draw_sheet(rows, columns, path, title):
-    """A sheet of pictures. rows: {name: pictures (N, C, H, W) of 0-1}, one below the other; columns: N
-    names."""
+    """A sheet of pictures. rows: {name: pictures (N, C, H, W) of 0-1}; columns: N names."""
+    from matplotlib.figure import Figure
     from torchvision.utils import make_grid
     pictures = torch.cat([each.float().cpu().expand(-1, 3, -1, -1) for each in rows.values()])
     height, width = (side + 2 for side in pictures.shape[2:])
     grid = make_grid(pictures, nrow=len(columns), padding=2, pad_value=1).permute(1, 2, 0).numpy()
     longest = max(len(line) for name in columns for line in name.split("\n"))
     inches = max(0.8, 4 / len(columns), min(0.1 * longest, 3))  # of a column with its margin
-    figure = new_figure(inches * len(columns), 0.4 + inches * len(rows) * height / width)
+    figure = Figure(figsize=(inches * len(columns), 0.4 + inches * len(rows) * height / width))
     axis = figure.subplots()
     axis.imshow(grid, interpolation="nearest")
     axis.set_title(title, fontsize=10, loc="left")
@@ -400,44 +317,44 @@ def draw_sheet(rows, columns, path, title):
     save_figure(figure, path)
 
 
+@torch.no_grad()
 def draw_reconstructions(model, dataset, args, folder):
-    """recon.png: the first test image of up to ten classes (with its noise, where there is any) and its
-    reconstruction; recon/: each pair as files."""
+    """recon.png: the first test image of up to ten classes, reconstructed; recon/: the pairs as files."""
     from torchvision.utils import save_image
     labels = dataset.test.labels.tolist()
-    chosen = [labels.index(label) for label in range(len(dataset.classes)) if label in labels][:10]
+    chosen = [labels.index(label) for label in sorted(set(labels))[:10]]
     names = [shown(dataset.classes)[labels[row]] for row in chosen]
     batch = next(test_batches(data.Split(*(tensor[chosen] for tensor in dataset.test)), args))
     rows = {"original": data.to_pixels(batch["images"], args.scale)}
     if batch["inputs"] is not batch["images"]:
         rows["with noise"] = data.to_pixels(batch["inputs"], args.scale)
-    rows["reconstruction"] = rebuild(model, batch["inputs"], args)
+    rebuilt = forward(model, batch, args, {"reconstruction"})["reconstruction"]
+    rows["reconstruction"] = data.to_pixels(rebuilt, args.scale)
     note = "" if "decoder" in args.trained else " (the decoder is not trained)"
     draw_sheet(rows, names, folder / "recon.png",
                f"{args.version} on {dataset.name}: test images and their reconstructions{note}")
-    for row, *pair in zip(chosen, rows["original"], rows["reconstruction"]):
-        for pixels, kind in zip(pair, ("", "_recon")):
-            stem = f"{Path(str(dataset.files[row])).stem}_{file_name(dataset.classes[labels[row]])}"
-            path = folder / "recon" / f"{stem}{kind}.png"
-            write_whole(path, lambda part: save_image(pixels, part, format="png"))
+    for i, row in enumerate(chosen):
+        stem = f"{Path(str(dataset.files[row])).stem}_{file_name(dataset.classes[labels[row]])}"
+        for kind, pixels in (("", rows["original"][i]), ("_recon", rows["reconstruction"][i])):
+            write_whole(folder / "recon" / f"{stem}{kind}.png",
+                        lambda part: save_image(pixels, part, format="png"))
 
 
 @torch.no_grad()
 def draw_prior(model, dataset, args, folder):
     """prior.png: images decoded from draws of a variational code's prior."""
-    draws = torch.randn(60, *model.code_shape, generator=torch.Generator().manual_seed(0))
-    with autocast(dataset.test.images.device, args.precision):
-        pixels = model.eval().decoder(draws.to(dataset.test.images.device))
-    rows = {" " * i: row for i, row in enumerate(data.to_pixels(pixels, args.scale).split(10))}
+    device = dataset.test.images.device
+    draws = torch.randn(60, *model.code_shape, generator=torch.Generator().manual_seed(0)).to(device)
+    with autocast(device, args.precision):
+        pixels = data.to_pixels(model.decoder(draws), args.scale)
+    rows = {" " * i: row for i, row in enumerate(pixels.split(10))}
     draw_sheet(rows, [""] * 10, folder / "prior.png", f"{args.version} on {dataset.name}: draws of the prior")
-
-
-MARKERS = "os^Dv<>p*hXP+x1234|_"
 
 
 def draw_plane(codes, labels, classes, path, title):
     """Codes (N, D) as points in the plane, by class: as they are where D is 2, else on their first two
     principal components."""
+    from matplotlib.figure import Figure
     x, axes = codes.cpu().double(), ("first value of the code", "second value of the code")
     if x.shape[1] != 2:
         x = x - x.mean(0)
@@ -446,7 +363,7 @@ def draw_plane(codes, labels, classes, path, title):
         shares = 100 * values / values.sum().clamp(min=1e-12)
         axes = [f"{which} principal component ({share:.0f} % of the variance)"
                 for which, share in zip(("first", "second"), shares[-2:].flip(0).tolist())]
-    figure = new_figure(7, 6)
+    figure = Figure(figsize=(7, 6))
     axis, labels = figure.subplots(), labels.cpu()
     for label, (name, marker) in enumerate(zip(shown(classes), MARKERS)):
         axis.plot(*x[labels == label].T, f"C{label % 10}{marker}", markersize=3, alpha=0.6,
@@ -459,52 +376,43 @@ def draw_plane(codes, labels, classes, path, title):
 
 def draw_confusion(confusion, classes, path, title):
     """Counts [true][predicted] as a picture, in percent of each true class."""
-    counts = np.asarray(confusion, dtype=float)
+    from matplotlib.figure import Figure
+    counts = np.array(confusion)
     share = 100 * counts / counts.sum(1, keepdims=True).clip(min=1)
-    few, note = len(classes) <= 20, "" if len(classes) <= 20 else " (its number, from 0)"
-    figure = new_figure(*(2.6 + 0.5 * min(len(classes), 20),) * 2)
+    figure = Figure(figsize=(2.6 + 0.5 * min(len(classes), 20),) * 2)
     axis = figure.subplots()
     picture = axis.imshow(share, cmap="Greys", vmin=0, vmax=100)
     figure.colorbar(picture, label="% of the true class", fraction=0.046)
-    if few:
+    if len(classes) <= 20:
         axis.set_xticks(range(len(classes)), shown(classes), rotation=45, ha="right")
         axis.set_yticks(range(len(classes)), shown(classes))
         for (row, column), value in np.ndenumerate(share):
             if value >= 0.05:
                 axis.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=7,
                           color="white" if value > 55 else "black")
-    axis.set(xlabel=f"predicted class{note}", ylabel=f"true class{note}", title=title)
+    axis.set(xlabel="predicted class", ylabel="true class", title=title)
     save_figure(figure, path)
 
 
-def epochs_axis(axis):
-    axis.set_xlabel("epoch")
-    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    axis.ticklabel_format(axis="y", useOffset=False)
-    axis.grid(alpha=0.3)
-
-
-def draw_curves(rows, path, title, note):
-    """Train and test losses and accuracy over the epochs, one panel for each that there is. note: what only
-    the training's classifier loss has, for the legend."""
-    panels = [(f"{term.name} loss", term.name, term.unit) for term in losses.TERMS.values()]
-    panels = [panel for panel in (*panels, ("accuracy", "accuracy", "accuracy (%)"))
-              if any(row.get(f"test_{panel[1]}") is not None for row in rows)]
-    epochs = [row["epoch"] for row in rows]
-    figure = new_figure(4.2 * len(panels), 4, layout="constrained")
-    for axis, (name, key, unit) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        notes = {"train": {"accuracy": " (while it learns)", "classifier": note}.get(key, "")}
-        for part, style in (("train", "C0-"), ("test", "C1--")):
-            values = [row[f"{part}_{key}"] for row in rows]
-            marker = "o" if sum(value is not None for value in values) == 1 else None
-            label = part + notes.get(part, "")
-            axis.plot(epochs, np.array(values, dtype=float), style, marker=marker, label=label)
+def draw_curves(rows, args, path, title):
+    """Train and test losses and accuracy over the epochs, one panel for each that there is."""
+    from matplotlib.figure import Figure
+    units = {term.name: term.unit for term in losses.TERMS.values()} | {"accuracy": "accuracy (%)"}
+    keys = [key for key in units if any(row.get(f"test_{key}") is not None for row in rows)]
+    note = " (smoothed labels)" * bool(args.label_smoothing) + " (class weights)" * bool(args.class_weights)
+    notes = {"accuracy": " (while it learns)", "classifier": note}  # of the training's figures alone
+    figure = Figure(figsize=(4.2 * len(keys), 4), layout="constrained")
+    for axis, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys):
+        for part, style, note in (("train", "C0.-", notes.get(key, "")), ("test", "C1.--", "")):
+            values = np.array([row[f"{part}_{key}"] for row in rows], dtype=float)
+            axis.plot(range(1, len(rows) + 1), values, style, label=part + note)
         if key == "accuracy":
-            best = best_row(rows)[0]
+            best, on = best_row(rows)
             axis.plot(best["epoch"], best["test_accuracy"], "k^", markersize=6,
-                      label=f"test at the best epoch (on {chosen_on(rows)}): {best['test_accuracy']:.2f} %")
-        axis.set(title=name, ylabel=unit)
-        epochs_axis(axis)
+                      label=f"test at the best epoch (on {on}): {best['test_accuracy']:.2f} %")
+        axis.set(title=key + " loss" * (key != "accuracy"), xlabel="epoch", ylabel=units[key])
+        axis.locator_params(axis="x", integer=True, min_n_ticks=1)
+        axis.grid(alpha=0.3)
         axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2))  # below: on no curve
     figure.suptitle(title)
     save_figure(figure, path)
@@ -516,12 +424,15 @@ MEASURES = [("MSE", "mse", "{:.6f}"), ("MAE", "mae", "{:.5f}"), ("PSNR", "psnr",
             ("PSNR of the noisy input", "noisy_psnr", "{:.2f} dB"),
             ("sum of |errors| per image", "absolute_error", "{:.2f}"),
             ("|sum of errors| per image", "net_error", "{:.2f}")]
+CHANCE = ("at chance: not above the largest class's share by more than chance explains; in training, more\n"
+          "epochs, more images or a later fall of the learning rate (--lr-step) may help")
 
 
 def report(model, dataset, args, folder, tested, rows=None):
     """Prints, draws and keeps in `folder` what a model does on the test images: metrics.json, predictions.csv
     and the pictures. tested: of `measure`. rows: the log of the run that has just ended with this model.
     Returns the metrics, a dict."""
+    model.eval()
     count = models.parameter_count(model)
     metrics = {"dataset": dataset.name, "source": dataset.source, "test_images": len(dataset.test.labels),
                "code": math.prod(model.code_shape), "parameters": count, "megabytes": count * 4 / 1e6}
@@ -533,12 +444,19 @@ def report(model, dataset, args, folder, tested, rows=None):
         for name, key, style in MEASURES:
             if key in tested:
                 metrics["reconstruction"][key] = tested[key]
-                number, _, unit = style.format(tested[key]).partition(" ")
-                print(f"  {name:<26}{number:>10} {unit}".rstrip())
+                print(f"  {name:<28}{style.format(tested[key])}")
     if rows:
-        metrics |= report_run(model, dataset, args, rows)
-        note = " (smoothed labels)" * bool(args.label_smoothing) + " (class weights)" * bool(args.class_weights)
-        draw_curves(rows, folder / "curves.png", f"{folder.name} on {dataset.name}", note)
+        # The log's training accuracy is a mean over the epoch, with dropout and distorted images.
+        sample = drawn(dataset.labelled or dataset.train, 10_000)
+        n, measured = len(sample.labels), measure(model, sample, args)
+        styles = {"accuracy": "accuracy {:.1f} %", "psnr": "PSNR {:.2f} dB"}
+        texts = [style.format(measured[key]) for key, style in styles.items() if key in measured]
+        print(f"{n:,} training images, measured as the test images are: {', '.join(texts)}")
+        fit = {key: measured[key] for key in ("accuracy", "mse", "psnr") if key in measured}
+        seconds = sorted(row["seconds"] for row in rows)[len(rows) // 2]
+        metrics |= {"epochs": len(rows), "training_images": {"images": n} | fit, "seconds_per_epoch": seconds,
+                    "seconds": sum(row["seconds"] + row["test_seconds"] for row in rows)}
+        draw_curves(rows, args, folder / "curves.png", f"{folder.name} on {dataset.name}")
     if model.decoder is not None:
         draw_reconstructions(model, dataset, args, folder)
     if model.variational and "decoder" in args.trained:
@@ -551,40 +469,25 @@ def report(model, dataset, args, folder, tested, rows=None):
     return metrics
 
 
-def report_run(model, dataset, args, rows):
-    """The metrics of a run from its log: speed, and its training images measured as the test images are. (The
-    log's training accuracy is a mean over the epoch, with dropout and distorted images, as the weights
-    change.)"""
-    sample = drawn(dataset.labelled or dataset.train, 10_000)
-    measured = measure(model, sample, args)
-    fit = {key: measured[key] for key in ("accuracy", "mse", "psnr") if key in measured}
-    parts = [f"accuracy {fit['accuracy']:.{digits(len(sample.labels))}f} %"] if "accuracy" in fit else []
-    parts += [f"PSNR {fit['psnr']:.2f} dB"] if "psnr" in fit else []
-    print(f"{len(sample.labels):,} training images, measured as the test images are: {', '.join(parts)}")
-    seconds = sorted(row["seconds"] for row in rows)[len(rows) // 2]
-    return {"epochs": len(rows), "training_images": {"images": len(sample.labels)} | fit,
-            "seconds_per_epoch": seconds, "images_per_second": len(dataset.train.labels) / seconds,
-            "seconds": sum(row["seconds"] + row["test_seconds"] for row in rows)}
-
-
 def report_classes(dataset, args, folder, tested, rows):
     """The metrics of a classifier, printed; confusion.png and predictions.csv."""
     n, names = len(dataset.test.labels), dataset.classes
     largest, places = 100 * max(map(sum, tested["confusion"])) / n, digits(n)
+    bound = largest + 2 * math.sqrt(largest * (100 - largest) / n)  # by two standard errors
     accuracy = {"test": tested["accuracy"], "largest_class": largest,
-                "at_chance": at_chance(tested["accuracy"], largest, n)}
+                "at_chance": tested["accuracy"] <= bound and largest < 100}  # one class alone does not tell
     when = " after the last epoch" if rows else ""
     print(f"test accuracy{when}: {tested['accuracy']:.{places}f} % of {n:,} images (always the largest "
           f"class: {largest:.{places}f} %)")
     if accuracy["at_chance"]:
-        print(CHANCE if rows else "at chance: not better than the largest class by more than chance explains")
+        print(CHANCE)
     if rows:
-        best, on = best_row(rows)[0], chosen_on(rows)
+        best, on = best_row(rows)
         accuracy |= {"best": best["test_accuracy"], "best_epoch": best["epoch"], "best_chosen_on": on}
         print(f"best epoch (on {on}): {best['test_accuracy']:.{places}f} %, epoch {best['epoch']}")
     if "accuracy_mirrored" in tested:
-        accuracy["mirrored"] = tested["accuracy_mirrored"]
-        print(f"with the scores of each image and its mirror image averaged: {accuracy['mirrored']:.{places}f} %")
+        mirrored = accuracy["mirrored"] = tested["accuracy_mirrored"]
+        print(f"with the scores of each image and its mirror image averaged: {mirrored:.{places}f} %")
     per_class, width = losses.per_class(tested["confusion"], names), max(10, *map(len, names))
     if len(names) <= 20:
         print(f"{'class':<{width}}{'images':>8}{'recall %':>10}{'precision %':>13}{'F1 %':>8}")
@@ -593,27 +496,16 @@ def report_classes(dataset, args, folder, tested, rows):
             print(f"{name:<{width}}{row['images']:>8,}{cells[0]:>10}{cells[1]:>13}{cells[2]:>8}")
     draw_confusion(tested["confusion"], names, folder / "confusion.png",
                    f"{args.version} on {dataset.name}: accuracy {tested['accuracy']:.{places}f} %")
-    columns = (dataset.files, dataset.test.labels.tolist(), tested["predicted"].tolist(),
-               tested["probability"].tolist())
+    columns = dataset.files, dataset.test.labels.tolist(), tested["predicted"], tested["probability"]
     write_csv(folder / "predictions.csv", [
-        {"image": image, "true": names[label], "predicted": names[guess], "probability": f"{chance:.4f}"}
-        for image, label, guess, chance in zip(*columns)])
+        {"image": file, "true": names[label], "predicted": names[guess], "probability": f"{chance:.4f}"}
+        for file, label, guess, chance in zip(*columns)])
     return {"accuracy": accuracy, "per_class": per_class}
 
 
 # ---------------------------------------------------------------- runs compared
 
-class Run(NamedTuple):
-    folder: Path
-    settings: dict  # of config.json
-    network: list   # of config.json, with the numbers of images: a row of VERSIONS, a folder may have changed
-    rows: list      # of log.csv: dicts of floats, None where a cell is empty
-    metrics: dict   # of metrics.json
-
-
-# Settings in which repetitions of one run may differ.
-INCIDENTAL = "seed", "name", "device", "output", "resume", "digest"
-FOLLOWING = "weights", "trained", "preparation"  # from other settings
+INCIDENTAL = "seed", "name", "device", "output", "resume", "digest"  # in which repetitions may differ
 COLUMNS = [("accuracy (%)", "accuracy.test", 2), ("best (%)", "accuracy.best", 2),
            ("mirrored (%)", "accuracy.mirrored", 2), ("training images (%)", "training_images.accuracy", 2),
            ("MSE", "reconstruction.mse", 6), ("PSNR (dB)", "reconstruction.psnr", 2), ("code", "code", 0),
@@ -622,33 +514,33 @@ PRINTED = {"run", "n", "accuracy (%)", "PSNR (dB)", "difference", "result"}  # t
 
 
 def read_run(folder):
-    """The Run of a folder that train.py left; None where its last epoch is not done."""
+    """A run of train.py: its folder, settings, network (with the numbers of images), metrics, and rows (of
+    log.csv: dicts of floats, None where a cell is empty). None where its last epoch is not done."""
     try:
-        config, metrics = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "metrics"))
-        with open(folder / "log.csv", newline="", encoding="utf-8") as file:
-            rows = [{key: float(value) if value else None for key, value in row.items()}
-                    for row in csv.DictReader(file)]
+        config = json.loads((folder / "config.json").read_text())
+        metrics = json.loads((folder / "metrics.json").read_text())
+        log = csv.DictReader((folder / "log.csv").read_text().splitlines())
+        rows = [{key: float(value) if value else None for key, value in row.items()} for row in log]
         done = metrics["epochs"] == config["settings"]["epochs"]  # of a lengthened run, metrics.json is older
         network = [config["network"], config["images"]]
-        return Run(folder.resolve(), config["settings"], network, rows, metrics) if done else None
+        return argparse.Namespace(folder=folder.resolve(), settings=config["settings"], network=network,
+                                  rows=rows, metrics=metrics) if done else None
     except (OSError, ValueError, KeyError):
         return None
 
 
 def kind_of(run, *ignored):
-    """What a run has in common with its repetitions, as text: settings but INCIDENTAL and `ignored`, and
-    network."""
-    left_out = {*INCIDENTAL, *FOLLOWING, *ignored}
+    """What a run has in common with its repetitions, as text: its network and settings, but `ignored`."""
+    left_out = {*INCIDENTAL, "weights", "trained", "preparation", *ignored}  # those follow from others
     settings = {key: value for key, value in run.settings.items() if key not in left_out}
     return json.dumps([settings, {} if ignored else run.network], sort_keys=True)
 
 
 def read_groups(paths):
     """{name: {seed: Run}} of run folders, and of the finished runs in other folders: those that differ in
-    their seed alone in one group, named after a folder. Of runs with the same seed the last one counts.
-    UsageError."""
-    kinds, groups = {}, {}
-    paths = list(map(Path, paths))
+    their seed alone in one group, named after a folder, without what all have in their names. Of runs with
+    the same seed the last one counts. UsageError."""
+    kinds, groups, paths = {}, {}, list(map(Path, paths))
     for path in [path for path in paths if not path.is_file()] or paths:  # a pattern may match files, too
         folders = [path] if (path / "config.json").exists() else sorted(path.glob("[!.]*"))
         runs = [run for run in map(read_run, folders) if run]
@@ -656,25 +548,20 @@ def read_groups(paths):
             raise UsageError(f"{path}: no finished run of this version of the program there")
         for run in runs:
             kinds.setdefault(kind_of(run), {})[run.settings["seed"]] = run
-    for group in kinds.values():
-        name = re.sub(r"(_seed\d+)?(_run\d+)?$", "", next(iter(group.values())).folder.name)
+    names = [re.sub(r"(_seed\d+)?(_run\d+)?$", "", next(iter(group.values())).folder.name).split("_")
+             for group in kinds.values()]
+    common = set.intersection(*map(set, names)) if len(names) > 1 else set()
+    for (first, *more), group in zip(names, kinds.values()):
+        name = "_".join([first, *(part for part in more if part not in common)])
         groups[name + "'" * sum(other.rstrip("'") == name for other in groups)] = group
-    parts = [name.split("_") for name in groups]
-    short = ["_".join([first, *(part for part in more if not all(part in other for other in parts))])
-             for first, *more in parts]  # without what all have in their names
-    return dict(zip(short, groups.values())) if 1 < len(set(short)) == len(groups) else groups
+    return groups
 
 
 def figures(group, key):
-    """{seed: the figure of that run} of a group's runs, by its dotted name in metrics.json."""
-    found = {}
-    for seed, run in group.items():
-        value = run.metrics
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if value is not None:
-            found[seed] = value
-    return found
+    """{seed: the figure of that run} of a group's runs that have it, by its dotted name in metrics.json."""
+    part, _, name = key.rpartition(".")
+    found = {seed: run.metrics.get(part, {}) if part else run.metrics for seed, run in group.items()}
+    return {seed: metrics[name] for seed, metrics in found.items() if name in metrics}
 
 
 def mean_interval(values):
@@ -689,72 +576,61 @@ def mean_interval(values):
 
 def references(groups, against):
     """{name: name of the group that it is compared with}: with None the first one; with SETTING=VALUE the one
-    that differs from it in that setting alone; a single group of a version, with all others. UsageError."""
+    that has this value and differs in that setting alone. UsageError."""
     if against is None:
         return {name: next(iter(groups)) for name in list(groups)[1:]}
     setting, _, value = against.partition("=")
     setting = setting.replace("-", "_")
     with contextlib.suppress(ValueError):
         value = json.loads(value)  # a number, true, false or null
-    firsts, pairs = {name: next(iter(group.values())) for name, group in groups.items()}, {}
+    firsts = {name: next(iter(group.values())) for name, group in groups.items()}
+    kinds = {name: kind_of(run, setting) for name, run in firsts.items()}
     those = [name for name, run in firsts.items() if run.settings.get(setting, against) == value]
-    for name in [name for name in groups if name not in those]:
-        same = [other for other in those
-                if (setting, len(those)) == ("version", 1)
-                or kind_of(firsts[other], setting) == kind_of(firsts[name], setting)]
-        pairs |= {name: same[0]} if same else {}
+    pairs = {name: other for other in those for name in groups
+             if name not in those and kinds[name] == kinds[other]}
     if not pairs:
         raise UsageError(f"--against {against}: expected SETTING=VALUE, such as beta=0, in which alone two "
                          "groups differ")
     return pairs
 
 
-def difference(group, reference, key):
-    """(mean difference, half its 95 % t interval, number of pairs) of runs of the same seed; None with fewer
-    than two pairs."""
-    ours, theirs = figures(group, key), figures(reference, key)
-    pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-    return (*mean_interval(pairs), len(pairs)) if len(pairs) > 1 else None
-
-
-def table_row(name, groups, reference, found):
-    """The row of a group in a comparison, a dict of texts by column. reference: the name of the group that it
-    is compared with, or None; found: their `difference`, or None. Its result is "better" or "worse" only
-    where the interval excludes 0, and has a width: few test images can give equal differences by chance."""
-    group, row = groups[name], {"run": name, "n": str(len(groups[name]))}
+def table_row(name, group, found):
+    """The row of a group in a comparison, a dict of texts by column. found: (mean difference, half its
+    interval, number of pairs), or None."""
     metrics = next(iter(group.values())).metrics
-    places = digits(metrics["test_images"])
-    accuracies, largest = (list(figures(group, f"accuracy.{key}").values()) for key in ("test", "largest_class"))
+    row, n = {"run": name, "n": str(len(group))}, metrics["test_images"]
     for title, key, decimals in COLUMNS:
         values = list(figures(group, key).values())
-        decimals = min(decimals, places) if "%" in title else decimals
+        decimals = min(decimals, digits(n)) if "%" in title else decimals
         row[title] = f"{np.mean(values):,.{decimals}f}" if values else ""
         if len(values) > 1 and key not in ("code", "parameters", "megabytes"):  # the same for all seeds
             row[title] += f" ± {np.std(values, ddof=1):.{decimals}f}"
-    row |= {"difference": "", "result": "", "compared with": reference or ""}
+    row |= {"difference": "", "result": ""}
     if found:
-        mean, half, pairs = found
-        note = "" if pairs == len(group) == len(groups[reference]) else f" ({pairs} pairs)"
-        places = places if accuracies else 2
+        (mean, half, pairs), places = found, digits(n) if "accuracy" in metrics else 2
+        note = f" ({pairs} pairs)" if pairs < len(group) else ""
         row["difference"] = f"{mean:+.{places}f} ± {half:.{places}f}{note}"
+        # Without a width: few test images can give equal differences by chance.
         row["result"] = "not shown" if not 0 < half < abs(mean) else "better" if mean > 0 else "worse"
-    if accuracies and at_chance(np.mean(accuracies), max(largest), metrics["test_images"]):
-        row["result"] = "at chance"
-    return row
+    chance = figures(group, "accuracy.at_chance").values()
+    return row | ({"result": "at chance"} if chance and all(chance) else {})
 
 
 def compare(paths, output, against=None):
-    """Groups runs that differ in their seed alone; prints a table of their results with paired differences
-    and 95 % intervals, and saves the whole of it as comparison.md and comparison.png. Returns the folder:
-    `output`, or one with a number where that has other runs' comparison. UsageError."""
+    """Prints a table of runs, those that differ in their seed alone as one, with paired differences and 95 %
+    intervals; saves it whole in the folder `output`, which it returns, with a picture. UsageError."""
     groups = read_groups(paths)
     pairs = references(groups, against) if len(groups) > 1 else {}
-    compared = [groups[name] for name in pairs] or groups.values()
-    classified = all("accuracy" in run.metrics for group in compared for run in group.values())
+    classified = all("accuracy" in run.metrics for name in pairs or groups for run in groups[name].values())
     key = "accuracy.test" if classified else "reconstruction.psnr"
     unit = "points of accuracy" if classified else "dB of PSNR"
-    found = {name: difference(groups[name], groups[other], key) for name, other in pairs.items()}
-    rows = [table_row(name, groups, pairs.get(name), found.get(name)) for name in groups]
+    found = {}
+    for name, other in pairs.items():
+        ours, theirs = figures(groups[name], key), figures(groups[other], key)
+        each = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+        if len(each) > 1:
+            found[name] = *mean_interval(each), len(each)
+    rows = [table_row(name, group, found.get(name)) for name, group in groups.items()]
     columns = [title for title in rows[0] if any(row[title] for row in rows)]  # no empty ones
     lines = [columns, *([row[title] for title in columns] for row in rows)]
     widths = [max(map(len, column)) if title in PRINTED else 0 for title, column in zip(columns, zip(*lines))]
@@ -762,34 +638,31 @@ def compare(paths, output, against=None):
         print("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths) if width).rstrip())
     than = against or next(iter(groups))
     notes = ["Of the last epoch; ±: standard deviation of the n runs of a row, which differ in their seed."]
-    if any(found.values()):
-        notes += [f"difference: in {unit} from {than}, runs of the same seed paired, ± half its 95 % t",
-                  "interval over seeds (not over test images), not corrected for the number of comparisons.",
-                  "not shown: the interval includes 0, or has no width."]
+    if found:
+        notes += [f"difference: in {unit} from {than}, seeds paired, ± half its 95 % t interval over seeds;",
+                  "not corrected for the number of comparisons. not shown: it includes 0, or has no width."]
     elif pairs:
         notes += ["No differences: they need two or more seeds that both rows have (--seeds)."]
     notes += [CHANCE] if any(row["result"] == "at chance" for row in rows) else []
     print("\n".join(["", *notes]))
-    of = "Runs: " + " ".join(sorted(str(run.folder) for group in groups.values() for run in group.values()))
     table = [f"| {' | '.join(line)} |" for line in lines]
-    text = "\n".join([table[0], "|" + "---|" * len(columns), *table[1:], "", *notes, "", of, ""])
-    file, number = Path(output, "comparison.md"), 1
-    while file.exists() and of not in file.read_text(encoding="utf-8").splitlines():
-        number += 1
-        file = Path(f"{output}-{number}", "comparison.md")
+    table.insert(1, "|" + "---|" * len(columns))
+    folders = sorted(str(run.folder) for group in groups.values() for run in group.values())
+    text, file = "\n".join([*table, "", *notes, "", "Runs:", *folders, ""]), Path(output, "comparison.md")
+    if file.exists():
+        print(f"{file}: the comparison that was there is replaced")
     write_whole(file, lambda part: part.write_text(text, encoding="utf-8"))
-    draw_comparison(groups, {name: each for name, each in found.items() if each}, key,
-                    f"{unit} more than with {than}", file.with_suffix(".png"))
+    draw_comparison(groups, found, key, f"{unit} more than with {than}", file.with_suffix(".png"))
     return file.parent
 
 
 def draw_comparison(groups, found, key, what, path):
     """The groups' figure `key`: each run a dot, the mean of several with its 95 % interval; beside it
     `found`, their differences, and the figure over the epochs."""
+    from matplotlib.figure import Figure
     column, label = {"accuracy.test": ("test_accuracy", "accuracy (% of the test images)"),
                      "reconstruction.psnr": ("test_psnr", "PSNR on the test images (dB)")}[key]
-    classified = key.startswith("accuracy")
-    figure = new_figure(15 if found else 10, max(3.6, 1.5 + 0.3 * len(groups)), layout="constrained")
+    figure = Figure(figsize=(15 if found else 10, max(3.6, 1.5 + 0.3 * len(groups))), layout="constrained")
     *axes, last = figure.subplots(1, 3 if found else 2)
     several = any(len(group) > 1 for group in groups.values())
     for i, (name, group) in enumerate(groups.items()):
@@ -800,108 +673,83 @@ def draw_comparison(groups, found, key, what, path):
             axes[0].errorbar(mean, i, xerr=half, fmt="kd", markersize=5, capsize=3)
         if name in found:
             axes[1].errorbar(found[name][0], i, xerr=found[name][1], fmt="kd", markersize=5, capsize=3)
-        curves = [[row[column] for row in run.rows] for run in group.values()]
-        curve = np.array([each[:min(map(len, curves))] for each in curves], dtype=float).mean(0)
+        curve = np.array([[row[column] for row in run.rows] for run in group.values()], dtype=float).mean(0)
         last.plot(range(1, len(curve) + 1), curve, f"C{i % 10}{MARKERS[i % len(MARKERS)]}", label=name,
                   linestyle=("-", "--", ":", "-.")[i % 4], markevery=max(1, len(curve) // 8), markersize=5)
-    axes[0].set(xlabel=label, title="each run" + ", mean with its 95 % interval" * several)
     for axis in axes:
-        axis.set(ylim=(len(groups) - 0.5, -0.5), yticks=range(len(groups)),
-                 yticklabels=list(groups) if axis is axes[0] else [])
-        axis.ticklabel_format(axis="x", useOffset=False)
+        axis.set(ylim=(len(groups) - 0.5, -0.5), yticks=range(len(groups)), yticklabels=[])
         axis.grid(alpha=0.3)
-    if classified:  # of two runs an interval may be wider
-        axes[0].set_xlim(max(axes[0].get_xlim()[0], -2), min(axes[0].get_xlim()[1], 102))
+    axes[0].set(xlabel=label, yticklabels=list(groups), title="each run" + ", mean, 95 % interval" * several)
     if found:
         axes[1].axvline(0, color="0.5", linestyle=":")
         axes[1].set(xlabel=f"{what} →", title="mean difference, 95 % interval")
-    last.set(ylabel=label, title="over the epochs" + " (means)" * several)
-    epochs_axis(last)
+    last.set(xlabel="epoch", ylabel=label, title="over the epochs" + " (means)" * several)
+    last.locator_params(axis="x", integer=True, min_n_ticks=1)
+    last.grid(alpha=0.3)
     last.legend(fontsize=8)
     save_figure(figure, path)
 
 
 # ---------------------------------------------------------------- python evaluate.py
 
-def picture_files(paths):
-    """The files of --images: files as they are, pictures of folders, those that a pattern matches.
-    UsageError."""
-    files = []
+@torch.no_grad()
+def classify_pictures(model, args, content, paths, device, folder):
+    """Prints the likeliest classes of pictures, files and those in folders, prepared as the test images are;
+    keeps them in metrics.json and draws the first 20 in pictures.png. UsageError."""
+    classes, (channels, *sides), pictures = content["classes"], content["image_shape"], {}
     for path in map(Path, paths):
-        found = [path]
-        if path.is_dir():
-            found = sorted(each for each in path.rglob("[!.]*") if each.suffix.lower() in data.ENDINGS)
-        elif "*" in path.name and not path.exists():  # a pattern that the shell has left
-            found = sorted(path.parent.glob(path.name))
-        if not found:
-            raise UsageError(f"--images {path}: no picture there")
-        files += found
-    return files
-
-
-def classify_pictures(model, args, content, files, device, folder):
-    """Prints the likeliest classes of pictures, prepared as the test images are, and draws pictures.png.
-    Returns a list of plain dicts, one for each picture."""
-    classes, (channels, *sides) = content["classes"], content["image_shape"]
+        inside = sorted(each for each in path.rglob("[!.]*") if each.suffix.lower() in data.ENDINGS)
+        for file in inside if path.is_dir() else [path]:
+            try:
+                pictures[file] = data.read_picture(file, channels, sides, args.blur)
+            except data.DataError as error:
+                print(f"left out: {error}")
+    if not pictures:
+        raise UsageError(f"--images {paths[0]}: no picture there that can be read")
+    results, labels = [{"image": str(file)} for file in pictures], shown(classes)
+    names = shown([file.name[:14] for file in pictures], "picture")
     if "classifier" in args.trained:
         print(f"the network knows these classes and nothing else: {' '.join(classes)}")
-    images = torch.cat([data.read_picture(path, channels, sides, args.blur) for path in files]).to(device)
-    results, names, labels = [], shown([path.name[:14] for path in files], "picture"), shown(classes)
-    for i, (path, image) in enumerate(zip(files, images.split(1))):
-        with torch.no_grad(), autocast(device, args.precision):
-            logits, _ = model(data.normalise(image, **args.preparation), reconstruct=False)
-        results.append({"image": str(path)})
-        if "classifier" in args.trained:
-            chances, order = logits[0].float().softmax(0).sort(descending=True)
-            chances, order = chances[:3].tolist(), order[:3].tolist()
-            best = {classes[k]: chance for chance, k in zip(chances, order)}
-            results[-1]["classes"] = best
-            names[i] += "".join(f"\n{labels[k][:10]} {100 * chance:.0f} %"
-                                for chance, k in zip(chances, order))
-            print(f"{path}: " + ", ".join(f"{name} {100 * chance:.1f} %" for name, chance in best.items()))
-    inputs = data.normalise(images[:20], **args.preparation)
+        for i, (file, image) in enumerate(pictures.items()):
+            inputs = data.normalise(image.to(device), **args.preparation)
+            logits = forward(model, {"inputs": inputs}, args, {"logits"})["logits"]
+            chances, order = logits[0].float().softmax(0).topk(min(3, len(classes)))
+            best = list(zip(order.tolist(), chances.tolist()))
+            results[i]["classes"] = {classes[k]: chance for k, chance in best}
+            names[i] += "".join(f"\n{labels[k][:10]} {100 * chance:.0f} %" for k, chance in best)
+            print(f"{file}: " + ", ".join(f"{classes[k]} {100 * chance:.1f} %" for k, chance in best))
+    inputs = data.normalise(torch.cat(list(pictures.values())[:20]).to(device), **args.preparation)
     rows = {"as the network sees it": data.to_pixels(inputs, args.scale)}
-    rows |= {"reconstruction": rebuild(model, inputs, args)} if "decoder" in args.trained else {}
-    shape = (128, 128 * sides[1] // sides[0])
-    rows = {name: torch.nn.functional.interpolate(each.float(), shape).expand(-1, 3, -1, -1).cpu()
-            for name, each in rows.items()}
-    originals = torch.cat([data.read_picture(path, 3, fit=shape) for path in files[:20]]) / 255
-    draw_sheet({"picture": originals} | rows, names[:20], folder / "pictures.png",
-               f"{args.version}: pictures and their likeliest classes")
-    return results
+    if "decoder" in args.trained:
+        rebuilt = forward(model, {"inputs": inputs}, args, {"reconstruction"})["reconstruction"]
+        rows["reconstruction"] = data.to_pixels(rebuilt, args.scale)
+    draw_sheet(rows, names[:20], folder / "pictures.png", f"{args.version}: pictures and likeliest classes")
+    write_json(folder / "metrics.json", results)
 
 
 def match_classes(dataset, classes):
-    """The Dataset with its labels in the order of the checkpoint's classes, by name (letters and digits
-    alone, unless those are the same for two classes); images of other classes are left out. A set without
-    names of its own keeps its numbers. UsageError."""
-    keys, own = ([re.sub(r"[\W_]", "", name.lower()) for name in each] for each in (classes, dataset.classes))
-    if len(set(keys)) < len(keys):
-        keys, own = classes, dataset.classes
-    own = keys if not dataset.named and len(own) == len(keys) else own
-    if not set(own) & set(keys):
-        raise UsageError(f"--dataset {dataset.name}: has the classes {' '.join(dataset.classes)}; expected "
-                         f"the checkpoint's: {' '.join(classes)}")
-    kept = [name for name, key in zip(dataset.classes, own) if key in keys]
-    if len(kept) < len(own):
-        others = ", ".join(name for name in dataset.classes if name not in kept)
-        print(f"evaluate.py: note: left out, as the network does not know them: {others}", file=sys.stderr)
-        dataset = data.choose(dataset, kept)
-    number = torch.tensor([keys.index(key) for key in own if key in keys])
-    splits = {part: data.Split(each.images, number[each.labels])
-              for part in ("train", "test") for each in [getattr(dataset, part)]}
-    return replace(dataset, classes=classes, **splits)
+    """The Dataset with its labels in the order of the checkpoint's classes, by name: the same one, else the
+    same but for upper and lower case. A set without names of its own keeps its numbers. UsageError."""
+    if not dataset.named and len(dataset.classes) == len(classes):
+        return replace(dataset, classes=classes)
+    number = {name.lower(): i for i, name in enumerate(classes)} | {name: i for i, name in enumerate(classes)}
+    numbers = [number.get(name, number.get(name.lower())) for name in dataset.classes]
+    if None in numbers:
+        raise UsageError(f"--dataset {dataset.name}: has a class {dataset.classes[numbers.index(None)]}; "
+                         f"expected the checkpoint's: {' '.join(classes)}")
+    number = torch.tensor(numbers)
+    return replace(dataset.map(lambda split: data.Split(split.images, number[split.labels])), classes=classes)
 
 
 def load_test(model, args, content, foreign, device):
     """The checkpoint's Dataset on the device, or another one (`foreign`: its name or path, else None),
     checked against the network. UsageError, DataError."""
-    wanted = tuple(model.version.in_shape)
+    expected = tuple(model.version.in_shape)
     if foreign and args.dataset not in (foreign, str(Path(foreign).resolve())):
-        if wanted[1] == wanted[2]:  # images of other sizes are scaled
-            args.size = args.preparation["size"] = wanted[1]
-        dataset = load_data(args, dataset=foreign, classes=None, train_size=None, test_size=None, val_share=0.0,
-                            labels=None, variant="complete", constrain=None, test_share=1.0)
+        if expected[1] == expected[2]:  # images of other sizes are scaled
+            args.size = args.preparation["size"] = expected[1]
+        whole = dict.fromkeys(("classes", "train_size", "test_size", "labels", "constrain"))
+        dataset = load_data(args, dataset=foreign, val_share=0.0, variant="complete", test_share=1.0, **whole)
         if "classifier" in args.trained:
             dataset = match_classes(dataset, content["classes"])
     else:
@@ -910,20 +758,26 @@ def load_test(model, args, content, foreign, device):
             print(f"evaluate.py: note: {dataset.source} has changed since the training; its test images may "
                   "be training images", file=sys.stderr)
     shape = tuple(dataset.test.images.shape[1:])
-    if shape[0] != wanted[0] or args.size is None and shape != wanted:
+    if shape[0] != expected[0] or args.size is None and shape != expected:
         raise UsageError(f"--dataset {dataset.name}: has images of {'x'.join(map(str, shape))}, the "
-                         f"checkpoint takes {'x'.join(map(str, wanted))}")
+                         f"checkpoint takes {'x'.join(map(str, expected))}")
     return dataset.to(device)
 
 
 def report_knn(model, dataset, args, k):
-    """kNN on the codes and on the raw pixels of the training images, printed side by side."""
+    """Classifies by the k nearest training images, on the codes and on the raw pixels, and prints the results
+    side by side. Of equally frequent classes the nearest image's counts."""
     train, results = dataset.labelled or dataset.train, {}
+    # A vote each, and a fraction that decides between equally many: more than those of all after it.
+    weights = 1 + 0.5 ** torch.arange(1.0, k + 1, dtype=torch.float64, device=train.labels.device)
     for name in ("codes", "pixels"):
         points, queries = (encode(model, split, args) if name == "codes" else split.images.flatten(1)
                            for split in (train, dataset.test))
         start = time.perf_counter()
-        accuracy = knn(points, train.labels, queries, dataset.test.labels, k, model.num_classes)
+        neighbours = train.labels[data.nearest(queries, points, k)]  # (Q, k), nearest first
+        votes = weights.new_zeros(len(queries), model.num_classes)
+        votes.scatter_add_(1, neighbours, weights.expand_as(neighbours))
+        accuracy = 100 * (votes.argmax(1) == dataset.test.labels).double().mean().item()
         seconds = time.perf_counter() - start
         results[name] = {"k": k, "accuracy": accuracy, "seconds": seconds, "values": points.shape[1]}
         print(f"kNN on {name:<7}{points.shape[1]:>6} values, k {k:<4}{accuracy:>8.2f} %{seconds:>9.2f} s")
@@ -933,66 +787,55 @@ def report_knn(model, dataset, args, k):
 def evaluate(options):
     """What --ckpt asks for. Returns the folder of the report."""
     keep_freed_memory()
-    model, args, content = load_checkpoint(options.ckpt)
-    device = pick_device(options.device)
+    model, content = models.load(options.ckpt)
+    if "settings" not in content:
+        raise UsageError(f"{options.ckpt}: has no settings; expected a checkpoint that train.py wrote")
+    args, device = argparse.Namespace(**content["settings"]), pick_device(options.device)
     args.precision = pick_precision("auto" if args.precision == "bf16" else "fp32", device)
     torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     args.data_dir, model = options.data_dir or args.data_dir, model.to(device)
     of = f"-{file_name(Path(options.dataset).resolve().name)}" if options.dataset else ""
     folder = Path(options.output or Path(options.ckpt).parent / f"evaluation-{Path(options.ckpt).stem}{of}")
     if options.images:
-        folder, files = folder / "images", picture_files(options.images)
-        write_json(folder / "metrics.json", classify_pictures(model, args, content, files, device, folder))
-    else:
-        dataset = load_test(model, args, content, options.dataset, device)
-        count = len((dataset.labelled or dataset.train).labels)
-        if options.knn is not None and not 1 <= options.knn <= count:
-            raise UsageError(f"--knn {options.knn}: expected 1 to {count:,}, as there are training images")
-        print(f"{args.version} after epoch {content['epoch']}, on {dataset.name} ({dataset.source})")
-        mirrored = args.flip and options.dataset not in data.NEVER_FLIPPED
-        metrics = report(model, dataset, args, folder, measure(model, dataset.test, args, mirrored))
-        if options.knn:
-            found = report_knn(model, dataset, args, options.knn)
-            write_json(folder / "metrics.json", metrics | {"knn": found})
+        folder = folder / "images"
+        classify_pictures(model, args, content, options.images, device, folder)
+        return folder
+    dataset = load_test(model, args, content, options.dataset, device)
+    count = len((dataset.labelled or dataset.train).labels)
+    if options.knn is not None and not 1 <= options.knn <= count:
+        raise UsageError(f"--knn {options.knn}: expected 1 to {count:,}, as there are training images")
+    print(f"{args.version} after epoch {content['epoch']}, on {dataset.name} ({dataset.source})")
+    mirrored = args.flip and options.dataset not in data.NEVER_FLIPPED
+    metrics = report(model, dataset, args, folder, measure(model, dataset.test, args, mirrored))
+    if options.knn:
+        write_json(folder / "metrics.json", metrics | {"knn": report_knn(model, dataset, args, options.knn)})
     return folder
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description="Measures a checkpoint of train.py, or compares runs.",
-                                     allow_abbrev=False)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--ckpt", help="a checkpoint, e.g. outputs/v4/best.pt")
-    source.add_argument("--compare", nargs="+", metavar="RUN", help="run folders, or folders of them: a "
-                        "table and pictures of their results; runs that differ in their seed alone are one group")
-    add = parser.add_argument
-    add("--against", metavar="SETTING=VALUE", help="with --compare: compare each group with the one that "
+    parser = argparse.ArgumentParser(description="Measures a checkpoint; compares runs.", allow_abbrev=False)
+    source = parser.add_mutually_exclusive_group(required=True).add_argument
+    source("--ckpt", help="a checkpoint, e.g. outputs/v4/best.pt")
+    source("--compare", nargs="+", metavar="RUN", help="run folders, or folders of them: a table and a "
+           "picture of their results; runs that differ in their seed alone are one group")
+    add, one = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    one("--against", metavar="SETTING=VALUE", help="with --compare: compare each group with the one that "
         "differs from it in this setting alone, such as beta=0 (default: with the first group)")
-    add("--images", nargs="+", metavar="PICTURE", help="classify and rebuild these pictures, or those of a "
+    one("--images", nargs="+", metavar="PICTURE", help="classify and rebuild these pictures, or those of a "
         "folder, scaled and cropped about the centre, instead of the test images")
-    add("--knn", type=int, metavar="K", help="also classify by the k nearest training images, on "
-        "codes and on raw pixels")
+    one("--knn", type=int, metavar="K", help="also classify by the K nearest training images")
     add("--dataset", metavar="NAME|PATH", help="another data set than the checkpoint's, with its classes or "
         "some of them; of a folder without test/ all pictures")
     add("--data-dir", help="where named sets are (default: where training found them)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    add("--output", help="where the report goes (default: a folder evaluation-best beside best.pt, or "
-        "comparison beside the first of the runs)")
+    add("--output", help="where the report goes (default: a folder beside the checkpoint or the runs)")
     parser.error = fail
     return parser
-
-
-# Flags that have no effect beside another one.
-EXCLUDED = {"compare": ("images", "knn", "dataset", "data_dir"), "images": ("knn", "dataset"),
-            "ckpt": ("against",)}
 
 
 def main(argv):
     with errors("evaluate.py"):
         options = make_parser().parse_args(argv)
-        for flag, excluded in EXCLUDED.items():
-            for other in excluded:
-                if getattr(options, flag) and getattr(options, other):
-                    raise UsageError(f"--{other.replace('_', '-')}: no effect beside --{flag}; leave one out")
         if options.compare:
             first = Path(options.compare[0])
             beside = first.parent if (first / "config.json").exists() else first

@@ -81,8 +81,8 @@ TRAIN = [  # flags ({} is the folder of wrong things), a part of the answer
     ("--epochs 1.5", "invalid int value: '1.5'"),
     ("--seed -1", "'-1'"),
     ("--epoch 3", "unrecognized arguments: --epoch 3"),
-    ("--device warp --dataset {}/tiny.npz", "--device warp: expected auto, cpu, cuda, cuda:N or mps"),
-    ("--device cuda:99 --dataset {}/tiny.npz", "--device cuda:99: unavailable on this machine"),
+    ("--device warp --dataset {}/tiny.npz", "--device warp: unavailable on this machine"),
+    ("--device cuda:99 --dataset {}/tiny.npz", "CUDA GPUs; expected auto, cpu, cuda, cuda:N or mps"),
     ("--output {}/file --dataset {}/tiny.npz --version v3", "file"),
     ("--jobs 2", "--list, --jobs: no effect on one run"),
     ("--sweep width", "--sweep width: expected SETTING=V1,V2,... or one of help labels"),
@@ -101,10 +101,9 @@ EVALUATE = [
     ("--ckpt {}/no-settings.pt", "has no settings"),
     ("--ckpt {}/run/best.pt --images {}/nowhere.png", "nowhere.png"),
     ("--ckpt {}/run/best.pt --images {}/empty", "no picture there"),
-    ("--ckpt {}/run/best.pt --images {}/file --knn 3", "--knn: no effect beside --images"),
+    ("--ckpt {}/run/best.pt --images {}/file --knn 3", "--knn: not allowed with argument --images"),
     ("--ckpt {}/run/best.pt --knn 0", "--knn 0: expected 1 to 60"),
     ("--ckpt {}/run/best.pt --dataset {}/grey.npz", "the checkpoint takes 3x32x32"),
-    ("--ckpt {}/run/best.pt --against beta=0", "--against: no effect beside --ckpt"),
     ("--compare {}/empty", "no finished run"),
 ]
 OTHERS = [(models, "v44", "did you mean"), (models, "C(8)>Q(2)", "token 2")]
