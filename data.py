@@ -12,7 +12,6 @@ import itertools
 import math
 import multiprocessing
 import os
-import socket
 import sys
 import zlib
 from concurrent.futures import ProcessPoolExecutor
@@ -42,7 +41,6 @@ class Dataset:
     train: Split
     test: Split
     val: Split | None = None       # held out from the training set
-    synthetic: int = 0             # how many of the training images, the last ones, SMOTE made
     labelled: Split | None = None  # the part of train whose labels are used; None: all of it
     named: bool = True             # False: the set has no class names of its own
     files: list | None = None      # each test image's file, relative to the set's folder, or its number
@@ -116,7 +114,7 @@ def load(dataset=None, data_dir="data", *, size=None, classes=None, train_size=N
         if len(dataset.train.labels.unique()) < len(train.labels.unique()):
             raise DataError(f"val_share {val_share:g}: leaves a class without training images; expected less")
     if variant != "complete" or constrain:
-        dataset.train, dataset.synthetic = vary(dataset.train, dataset.classes, variant, constrain, seed)
+        dataset.train = vary(dataset.train, dataset.classes, variant, constrain, seed)
     if labels is not None:
         dataset.labelled = take(dataset.train, labels, seed, "labels")
     return dataset.map(lambda split: Split(blurred(split.images, blur), split.labels)) if blur else dataset
@@ -149,11 +147,10 @@ def _read_named(name, root, size, test_share, replaceable):
     """A set of NAMES as torchvision keeps it below root, else the folder of pictures there, else downloaded;
     where that fails and it is replaceable, `shapes`."""
     kind, files, *arguments = NAMES[name]
-    present, timeout = any(root.glob(files)), socket.getdefaulttimeout()
+    present = any(root.glob(files))
     if not present and (root / name / "train").is_dir():
         return _read_folder(root / name, size, test_share)
     from torchvision import datasets
-    socket.setdefaulttimeout(20)  # for a network that never answers
     try:
         sets = [getattr(datasets, kind)(root, download=not present, **each) for each in arguments]
     except Exception as error:  # of the network or of a damaged file, whatever torchvision meets first
@@ -165,8 +162,6 @@ def _read_named(name, root, size, test_share, replaceable):
         print(f"{'!' * 78}\nWARNING: {reason}\nWARNING: using the built-in set 'shapes' instead; its results "
               f"say nothing about CIFAR-10.\n{'!' * 78}", file=sys.stderr)
         return shapes()
-    finally:
-        socket.setdefaulttimeout(timeout)
     splits = [_split(each.data, each.labels if name == "svhn" else each.targets) for each in sets]
     classes = getattr(sets[0], "classes", "0123456789")  # MNIST's: "0 - zero"
     return Dataset(name, f"{root} (torchvision)", [each.split(" - ")[0] for each in classes], *splits)
@@ -284,11 +279,8 @@ def _read_pictures(folder, files, size):
         images = images[..., :1].copy()
     if len(paths) >= CACHE_FROM:
         with contextlib.suppress(OSError):  # no right or no room to write
-            try:
-                np.savez(new, stamp=stamp.hexdigest(), images=images)
-                os.replace(new, cache)
-            finally:
-                new.unlink(missing_ok=True)
+            np.savez(new, stamp=stamp.hexdigest(), images=images)
+            os.replace(new, cache)
     return images
 
 
@@ -523,8 +515,8 @@ def vary(split, classes, variant, shares, seed):
 
     shares: {class name: the share of its images that is kept}; None is the CIFAR study's where its classes
     are there, else the set as it is. "constrained" stops there, "undersampled" cuts every class to the
-    smallest one, "oversampled" repeats images up to the largest one, "smote" adds synthetic ones. Returns the
-    Split and how many of its images, the last ones, are synthetic. Raises DataError.
+    smallest one, "oversampled" repeats images up to the largest one, "smote" adds synthetic ones. Raises
+    DataError.
     """
     if variant not in VARIANTS[1:]:
         raise DataError(f"variant {variant}: one of {' '.join(VARIANTS)}, with constrain not complete")
@@ -540,9 +532,9 @@ def vary(split, classes, variant, shares, seed):
                         f"constrain {classes[0]}=0.5")
     split = resample(split, wanted, seed)
     if variant == "smote":
-        return smote(split, seed), max(wanted) * len(wanted) - sum(wanted)
+        return smote(split, seed)
     level = {"undersampled": min, "oversampled": max}.get(variant)
-    return resample(split, [level(wanted)] * len(wanted), seed + 1) if level else split, 0
+    return resample(split, [level(wanted)] * len(wanted), seed + 1) if level else split
 
 
 # ---------------------------------------------------------------- batches

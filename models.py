@@ -515,13 +515,11 @@ def save(path, model, classes=None, **more):
     if len(classes) != model.num_classes or {type(name) for name in classes} != {str}:
         raise ValueError(f"classes {str(classes):.60}; expected {model.num_classes} names, each a str")
 
-    def lines(network):
-        weights = [f"{name} {_text(tensor.shape)}" for name, tensor in network.state_dict().items()]
-        return [*repr(network).split("\n"), *weights, "its end"]
-    for line, built in zip(lines(model), lines(_on_meta(model.version, model.num_classes))):
-        if line != built:
-            raise ValueError(f"the network has {line.strip()!r}, its notation makes {built.strip()!r}; a "
-                             "changed or compiled network is kept by torch.save(model.state_dict(), path)")
+    pair = model, _on_meta(model.version, model.num_classes)
+    shapes = [{name: tensor.shape for name, tensor in network.state_dict().items()} for network in pair]
+    if str(pair[0]) != str(pair[1]) or shapes[0] != shapes[1]:
+        raise ValueError("the network is not what its notation makes; a changed or compiled one is kept by "
+                         "torch.save(model.state_dict(), path)")
     for key, value in more.items():
         for leaf in _leaves(value):
             if type(leaf) not in (torch.Tensor, nn.Parameter, str, int, float, bool, type(None)):
@@ -652,7 +650,7 @@ def _call(layer):
 
 def main(argv=None):
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("network", nargs="?", help="a version, or in the notation encoder or \"encoder | classifier\"")
+    cli.add_argument("network", nargs="?", help="a version, an encoder, or \"encoder | classifier\"")
     cli.add_argument("--code", action="store_true", help="print it as a plain PyTorch class")
     args = cli.parse_args(argv)
     try:

@@ -193,12 +193,9 @@ def trained_parts(weights):
 
 def phases(args):
     """The run's parts, each the settings that hold in it, with `start` and `end` (epochs from 0), whether the
-    encoder is `frozen`, and the parts of the network that are `trained` by then.
-
-    One, or the two of separate training, as the CIFAR study's program has them: the autoencoder alone, then
-    the classifier on its encoder; in each the schedule starts anew, and the rate decays after half of lr_step
-    epochs, rounded down.
-    """
+    encoder is `frozen`, and the parts of the network that are `trained` by then. One, or the two of separate
+    training, as in the CIFAR study's program: the autoencoder alone, then the classifier on its encoder; in
+    each the schedule starts anew, and the rate decays after half of lr_step epochs, rounded down."""
     if not args.separate:
         return [Namespace(**vars(args), start=0, end=args.epochs, frozen=False)]
     first = max(1, int(args.epochs * args.first_share + 1e-9))
@@ -705,23 +702,12 @@ def both(*lines, more=""):
 
 SHORT = "--epochs 12 --lr-step 3"  # a shortened schedule of the CIFAR study's shape
 CIFAR = ["v1", "v1.1", "v1.2", "v2", "v2.1", "v2.2", "v2.3", "v3", "v3.1", "v3.2", "v3.3", "v4"]
-OF_V4 = """--gamma 0
---optimizer adam --lr 0.001
---optimizer adagrad --lr 0.01
---classifier "C'(32)>C(64)>C(64)>L(512)>D(0.3)>L(128)>D(0.3)>L'(10)"
---separate
---separate --no-freeze-encoder
---no-decoder
---variant constrained
---variant undersampled
---variant oversampled
---variant smote
---variant constrained --class-weights balanced
---variant constrained --delta 1
---variant constrained --skip
---variant oversampled --skip --delta 1
---blur 1
---blur 1 --no-decoder""".split("\n")
+LATE = "--classifier \"C'(32)>C(64)>C(64)>L(512)>D(0.3)>L(128)>D(0.3)>L'(10)\""
+OF_V4 = ["--gamma 0", "--optimizer adam --lr 0.001", "--optimizer adagrad --lr 0.01", LATE, "--separate",
+         "--separate --no-freeze-encoder", "--no-decoder", "--variant constrained", "--variant undersampled",
+         "--variant oversampled", "--variant smote", "--variant constrained --class-weights balanced",
+         "--variant constrained --delta 1", "--variant constrained --skip",
+         "--variant oversampled --skip --delta 1", "--blur 1", "--blur 1 --no-decoder"]
 INGREDIENTS = ["", "--beta 0", "--encoder \"C'(32)>B(32)>B'(32)\"", "--label-smoothing 0", "--shift 0",
                "--schedule step --lr-step 2", "--optimizer adam --lr 0.01", "--optimizer sgd --lr 0.7"]
 SWEEPS = {
@@ -950,8 +936,7 @@ def main(argv):
             start_process_group(args.device)
         if many.seeds or many.sweep:
             if args.resume or dist.is_initialized():
-                raise UsageError("--seeds, --sweep: expected neither --resume nor torchrun beside them: "
-                                 "those train one run")
+                raise UsageError("--seeds, --sweep: expected neither --resume nor torchrun, for one run")
             return train_many(many, words)
         if many.list or many.jobs:
             raise UsageError("--list, --jobs: no effect on one run; expected --sweep or --seeds beside it")

@@ -337,8 +337,8 @@ def test_pictures_are_prepared_as_the_test_images_are(tmp_path, figures, monkeyp
         path = tmp_path / "set" / part / ("猫", "dog")[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(draw.integers(0, 256, (20 + 3 * i, 30, 3), np.uint8)).save(path)
-    folder = train.run(dataset=tmp_path / "set", size=16, margin=True, blur=0.5, encoder="C(4)>L(8)", batch_size=2,
-                       epochs=1, device="cpu", output=tmp_path).folder
+    _, _, folder = train.run(dataset=tmp_path / "set", size=16, margin=True, blur=0.5, encoder="C(4)>L(8)",
+                             batch_size=2, epochs=1, device="cpu", output=tmp_path)
     assert evaluate.CHANCE in capsys.readouterr().out
     inputs, forward = [], models.Autoencoder.forward
     monkeypatch.setattr(models.Autoencoder, "forward",
@@ -349,7 +349,7 @@ def test_pictures_are_prepared_as_the_test_images_are(tmp_path, figures, monkeyp
     (test / "dog/notes.txt").touch()
     (test / "dog/2.png").touch()
     results = report_of(tmp_path / "pictures", "--ckpt", ckpt, "--images", test / "dog", *sorted(test.glob("猫/*")))
-    assert f"left out: {test / 'dog/2.png'}: not a picture\n" in capsys.readouterr().out
+    assert f"left out: {test / 'dog/2.png'}: cannot identify" in capsys.readouterr().out
     seen = torch.cat(inputs[count:])  # each is classified alone, then all are rebuilt
     assert tested.shape == (4, 3, 16, 16) and torch.equal(seen, torch.cat([tested, tested]))
     chances = models.load(ckpt)[0](tested)[0].softmax(1).tolist()

@@ -387,8 +387,8 @@ def test_saving_refuses_what_loading_would_not_give_back(tmp_path):
     wider.encoder.register_buffer("mean", torch.zeros(3))
     names = [*"abcdefghij"]
     for network, arguments, expected in [
-            (changed, {}, r"'\(1\): Sigmoid\(\)', its notation makes '\(1\): ReLU\(\)'"),
-            (wider, {}, "encoder.mean 3"), (torch.compile(model), {}, r"'OptimizedModule\("),
+            (changed, {}, "not what its notation makes"), (wider, {}, "not what its notation makes"),
+            (torch.compile(model), {}, "not what its notation makes"),
             (model, {"classes": names[:9]}, "expected 10 names, each a str"),
             (model, {"classes": range(10)}, "a str"), (model, {"classes": [*map(np.str_, names)]}, "a str"),
             (model, {"rows": [{"loss": np.float64(0.5)}]}, "rows: 0.5 is a float64; expected a plain value"),
