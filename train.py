@@ -852,7 +852,7 @@ def make_parser(version="v4"):
     parser.set_defaults(**off | dict.fromkeys(on, True) | RECIPES[version])
     for action in parser._actions:
         value = parser.get_default(action.dest)
-        if value not in (None, False, argparse.SUPPRESS) and action.dest != "version":
+        if value is not None and value is not False and action.dest not in ("version", "help"):
             value = "yes" if value is True else f"{value:g}" if isinstance(value, float) else value
             action.help += f" ({value})"
     return parser
