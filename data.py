@@ -94,8 +94,8 @@ def load(dataset=None, data_dir="data", *, size=None, classes=None, train_size=N
         raise DataError(f"no data set {name!r}; expected one of {' '.join(NAMES)} shapes, a folder of "
                         f"pictures ({LAYOUTS}), or an .npz file")
     dataset.files = dataset.files or list(range(len(dataset.test.labels)))
-    images = (dataset.train.images, dataset.test.images)
-    if not any((block > 25).any() for each in images for block in each.split(1000)):
+    blocks = [block for split in (dataset.train, dataset.test) for block in split.images.split(1000)]
+    if not any((block > 25).any() for block in blocks):
         raise DataError(f"{dataset.source}: no pixel of the whole set exceeds 25 of 255; expected values "
                         "that use their range: multiply them, 0 and 1 of 8 bits by 255, 12 bits of 16 by 16")
     if classes:
@@ -194,8 +194,6 @@ def _read_npz(path):
                         f"shape, of 1 or 3 channels, and {count} classes")
     return Dataset(path.stem, f"{path} (.npz)", classes, *splits, named="classes" in arrays)
 
-
-# ---------------------------------------------------------------- folders of pictures
 
 LAYOUTS = "train/<class>/* and test/<class>/*, <class>/*, or the folder itself"
 HIDDEN = (".", "__", "@eaDir")  # so begin the names of hidden and system files and folders
@@ -312,11 +310,9 @@ def _fit(pixels, height, width):
 
 
 def read_picture(path, channels=3, fit=None, blur=0.0):
-    """A picture file as `load` makes a test image of it, before `normalise`: (1, C, H, W) uint8.
-
-    channels, fit: channels and (H, W) of the data set's images, to which a picture of another size is scaled
-    and centre-cropped. blur: as for `load`. Raises DataError.
-    """
+    """A picture file as `load` makes a test image of it, before `normalise`: (1, C, H, W) uint8. channels,
+    fit: channels and (H, W) of the data set's images, to which another one is scaled and centre-cropped.
+    blur: as for `load`. Raises DataError."""
     from PIL import Image
     pixels = _pixels(path)
     if isinstance(pixels, str):
@@ -360,9 +356,8 @@ SHAPES, DRAWN = list(OUTSIDE), "drawn by data.py"
 def shapes(train=10_000, test=2_000, side=32, seed=7):
     """Ten classes of shapes in random colours, places, sizes and turns on textured backgrounds.
 
-    Drawn here, in about two seconds, and the same at every run. train, test: numbers of images; side: in
-    pixels; seed: of the drawing. Returns a Dataset of images (N, 3, side, side), labels 0 to 9 in turn.
-    """
+    The same at every run. train, test: numbers of images; seed: of the drawing. Returns a Dataset of images
+    (N, 3, side, side), labels 0 to 9 in turn. Takes about two seconds."""
     g, n = torch.Generator().manual_seed(seed), train + test
     labels = torch.arange(n) % 10
 
@@ -511,12 +506,11 @@ CONSTRAINED = {"bird": 0.5, "deer": 0.5, "truck": 0.5}  # the CIFAR study's
 
 
 def vary(split, classes, variant, shares, seed):
-    """A training set made unequal and, if asked for, equal again, drawn with the seed.
+    """A training set made unequal and, if asked for, equal again, drawn with the seed. Raises DataError.
 
     shares: {class name: the share of its images that is kept}; None is the CIFAR study's where its classes
     are there, else the set as it is. "constrained" stops there, "undersampled" cuts every class to the
-    smallest one, "oversampled" repeats images up to the largest one, "smote" adds synthetic ones. Raises
-    DataError.
+    smallest one, "oversampled" repeats images up to the largest one, "smote" adds synthetic ones.
     """
     if variant not in VARIANTS[1:]:
         raise DataError(f"variant {variant}: one of {' '.join(VARIANTS)}, with constrain not complete")
@@ -634,13 +628,12 @@ def batches(split, batch_size, epoch_seed=None, flip=False, size=None, margin=Fa
     if shifts >= min(split.images.shape[2:]):
         raise DataError(f"shifts by {shifts} pixels: expected less than the images' sides")
     generator = torch.Generator().manual_seed(epoch_seed or 0)
-    order = torch.arange(n) if epoch_seed is None else torch.cat(
-        [torch.randperm(len(split.labels), generator=generator) for _ in range(rounds)])
+    order = torch.arange(n, device=device) if epoch_seed is None else torch.cat(
+        [torch.randperm(len(split.labels), generator=generator) for _ in range(rounds)]).to(device)
     flipped = (torch.rand(n, generator=generator) < 0.5).to(device)
     offsets = torch.rand(n, 2, generator=generator).to(device) if margin and epoch_seed is not None else None
     angles = degrees * (2 * torch.rand(n, generator=generator).to(device) - 1) if degrees else None
     moves = torch.randint(-shifts, shifts + 1, (n, 2), generator=generator).to(device) if shifts else None
-    order = order.to(device)
     pixels = split.images.permute(0, 2, 3, 1)  # (N, H, W, C), contiguous: an image is a row
     sides = size * size if size else math.prod(pixels.shape[1:3])
     mean, std = _mean_std(pixels.shape[3], sides, device, scale)

@@ -791,8 +791,7 @@ def make_parser(version="v4"):
     add("--skip", action=switch, help="the CIFAR study's modified network: lower features, through one "
         "conv, join the final ones before the classifier's last part")
     add("--pretrained", action=switch, help="standard networks: start from ImageNet weights")
-    add("--init", metavar="CKPT", help="start from the encoder of a checkpoint, and from its decoder and "
-        "classifier where the shapes agree")
+    add("--init", metavar="CKPT", help="start from a checkpoint's encoder and, where they fit, its rest")
 
     add = parser.add_argument_group("data").add_argument
     add("--data-dir", default="data", metavar="DIR", help="where named sets are, or are downloaded to")
@@ -828,8 +827,7 @@ def make_parser(version="v4"):
     add("--class-weights", choices=["balanced"], help="all classes count the same in the classifier loss")
 
     add = parser.add_argument_group("training").add_argument
-    add("--optimizer", choices=OPTIMIZERS, default="sgd", help="PyTorch's SGD, Adam or Adagrad; or Muon "
-        "(orthogonal updates of matrices: slow for small batches and wide linear layers)")
+    add("--optimizer", choices=OPTIMIZERS, default="sgd", help="Muon is slow for small batches")
     add("--momentum", type=number(float, 0, 1), default=0.9, metavar="X", help="of sgd and muon")
     add("--weight-decay", type=WEIGHT, default=1e-4, metavar="X", help="the optimizer's")
     add("--schedule", choices=["step", "onecycle"], default="step", help="of the learning rate: step, or "
@@ -839,8 +837,7 @@ def make_parser(version="v4"):
 
     add = parser.add_argument_group("separate training").add_argument
     add("--separate", action=switch, help="the autoencoder first, then the classifier on its encoder")
-    add("--first-share", type=number(float, 0.01, 0.99), default=0.5, metavar="X", help="of the epochs, the "
-        "autoencoder's")
+    add("--first-share", type=number(float, 0.01, 0.99), default=0.5, metavar="X", help="of the epochs")
     add("--first-decay", type=WEIGHT, metavar="X", help="the autoencoder's weight decay")
     add("--freeze-encoder", action=switch, help="the classifier is trained alone")
 
