@@ -178,12 +178,12 @@ def _read_npz(path):
     splits, count = [], len(np.unique(arrays["y_train"]))
     for part in ("train", "test"):
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"].ravel()
-        if x.dtype.kind == "f" and x.min() >= 0 and x.max() <= 1:
+        if x.dtype.kind == "f" and x.size and x.min() >= 0 and x.max() <= 1:
             x = (255 * x).round().astype(np.uint8)
-        fits = x.dtype == np.uint8 and x.ndim in (3, 4) and y.dtype.kind in "iu" and len(x) == len(y)
+        fits = x.dtype == np.uint8 and x.ndim in (3, 4) and y.dtype.kind in "iu" and len(x) == len(y) > 0
         if not fits or y.min() < 0 or y.max() >= count:
             raise DataError(f"{path}: x_{part} is {x.dtype} {x.shape}, y_{part} {y.dtype} {y.shape} of "
-                            f"{np.unique(y)[[0, -1]]}; expected images (N, H, W), (N, H, W, C) or (N, C, H, "
+                            f"{np.unique(y)[:9]}; expected images (N, H, W), (N, H, W, C) or (N, C, H, "
                             f"W), uint8 or floats of 0 to 1, and N whole numbers of 0 to {count - 1}, as "
                             f"y_train has {count} different ones")
         splits.append(_split(x, y))
@@ -211,11 +211,13 @@ def _read_folder(folder, size, test_share):
     pictures = [file for file in listed if os.path.splitext(file)[1].lower() in ENDINGS]
     tops = {file.split("/")[0] for file in pictures if "/" in file}
     parts = {top: top.lower() for top in tops if top.lower() in ("train", "test", "val")}
-    parts = parts if "train" in parts.values() else {}  # without it each folder is a class
     depth, rows = max((file.count("/") for file in pictures), default=0), []  # rows: (part, class, file)
+    # Else each folder is a class, also one called train that has pictures alone.
+    parts = parts if "train" in parts.values() and (depth > 1 or len(parts) == len(tops)) else {}
+    unclear = not parts and {top[:4].lower() for top in tops} >= {"trai", "test"}
     for file in pictures:
         *above, _ = file.split("/")
-        if len(above) > 1 + bool(parts) or parts and above and above[0] not in parts:
+        if unclear or len(above) > 1 + bool(parts) or parts and above and above[0] not in parts:
             raise DataError(f"{(folder / file).parent}: pictures are not read from here; expected {LAYOUTS}; "
                             "rename the parts to train and test, or load the folder that holds them")
         if len(above) == depth:
@@ -226,21 +228,19 @@ def _read_folder(folder, size, test_share):
     if left:
         print(f"{folder}: {len(left):,} files left out, such as {min(left)}; pictures are read from "
               f"{LAYOUTS}", file=sys.stderr)
-    if "test" not in {part for part, _, _ in rows}:
-        raise DataError(f"{folder}: has no test pictures; expected {LAYOUTS}; rename val to test, or, "
-                        f"without train/, add pictures or raise the test_share of {test_share:g}")
+    lacking = {"test", *parts.values()} - {part for part, _, _ in rows}
+    if lacking:
+        raise DataError(f"{folder}: has no {min(lacking)} pictures; expected {LAYOUTS}, and more pictures")
     classes = sorted({name for part, name, _ in rows if part == "train" or test_share == 1})
     number = {name: label for label, name in enumerate(classes)}
     lost = [file for _, name, file in rows if name not in number]
     if lost:
-        raise DataError(f"{folder / lost[0]}: of no training class; one of {','.join(classes)}, or, without "
-                        f"train/, more pictures of its class or another test_share than {test_share:g}")
+        raise DataError(f"{folder / lost[0]}: of no training class; expected one of {','.join(classes)}")
     images, splits = _read_pictures(folder, [file for _, _, file in rows], size), {}
     for part in {"train", *(row[0] for row in rows)}:
         chosen = [i for i, row in enumerate(rows) if row[0] == part]
         splits[part] = _split(images[chosen], [number[rows[i][1]] for i in chosen])
-    kind = "image folder" if parts else f"image folder, {100 * test_share:g} % of it for the test"
-    return Dataset(folder.absolute().name, f"{folder} ({kind})", classes, **splits,
+    return Dataset(folder.absolute().name, f"{folder} (image folder)", classes, **splits,
                    files=[file for part, _, file in rows if part == "test"])
 
 
@@ -279,6 +279,7 @@ def _read_pictures(folder, files, size):
         with contextlib.suppress(OSError):  # no right or no room to write
             np.savez(new, stamp=stamp.hexdigest(), images=images)
             os.replace(new, cache)
+        new.unlink(missing_ok=True)
     return images
 
 
@@ -514,7 +515,7 @@ def vary(split, classes, variant, shares, seed):
     """
     if variant not in VARIANTS[1:]:
         raise DataError(f"variant {variant}: one of {' '.join(VARIANTS)}, with constrain not complete")
-    if shares is None:
+    if shares is None:  # a further variant that keeps no shares has its branch before this line
         shares = CONSTRAINED if set(CONSTRAINED) <= set(classes) else {}
     before = counts(split, len(classes))
     wanted = [round(count * shares.get(name, 1)) for name, count in zip(classes, before)]
@@ -522,8 +523,7 @@ def vary(split, classes, variant, shares, seed):
         raise DataError(f"variant {variant}, constrain {shares}: expected classes of {','.join(classes)} and "
                         "shares above 0, at most 1, that leave images of each class")
     if not shares and (variant == "constrained" or len(set(before)) == 1):
-        raise DataError(f"variant {variant}: leaves all images as they are; expected shares to keep, such as "
-                        f"constrain {classes[0]}=0.5")
+        raise DataError(f"variant {variant}: changes nothing; expected constrain, such as {classes[0]}=0.5")
     split = resample(split, wanted, seed)
     if variant == "smote":
         return smote(split, seed)

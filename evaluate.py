@@ -212,7 +212,7 @@ def measure(model, split, args, mirrored=False):
     if "decoder" in args.trained:
         needed += ["reconstruction"] + ["jigsaw_reconstruction"] * bool(args.delta)
     for batch in test_batches(split, args):
-        tensors = batch | forward(model, batch, args, needed)
+        tensors = batch | forward(model, batch, args, {*needed, *losses.needed(args.weights)})
         found = {term.name: len(batch["labels"]) * term.loss(*(tensors.get(name) for name in term.needs))
                  for term in losses.TERMS.values() if set(term.needs) - set(losses.OPTIONAL) <= set(tensors)}
         if "logits" in tensors:
@@ -398,7 +398,8 @@ def draw_curves(rows, args, path, title):
     """Train and test losses and accuracy over the epochs, one panel for each that there is."""
     from matplotlib.figure import Figure
     units = {term.name: term.unit for term in losses.TERMS.values()} | {"accuracy": "accuracy (%)"}
-    keys = [key for key in units if any(row.get(f"test_{key}") is not None for row in rows)]
+    keys = [key for key in units if all(any(row.get(f"{part}_{key}") is not None for row in rows)
+                                        for part in ("train", "test"))]
     note = " (smoothed labels)" * bool(args.label_smoothing) + " (class weights)" * bool(args.class_weights)
     notes = {"accuracy": " (while it learns)", "classifier": note}  # of the training's figures alone
     figure = Figure(figsize=(4.2 * len(keys), 4), layout="constrained")
@@ -517,14 +518,13 @@ def read_run(folder):
     """A run of train.py: its folder, settings, network (with the numbers of images), metrics, and rows (of
     log.csv: dicts of floats, None where a cell is empty). None where its last epoch is not done."""
     try:
-        config = json.loads((folder / "config.json").read_text())
-        metrics = json.loads((folder / "metrics.json").read_text())
+        config, metrics = (json.loads((folder / f"{key}.json").read_text()) for key in ("config", "metrics"))
         log = csv.DictReader((folder / "log.csv").read_text().splitlines())
         rows = [{key: float(value) if value else None for key, value in row.items()} for row in log]
         done = metrics["epochs"] == config["settings"]["epochs"]  # of a lengthened run, metrics.json is older
-        network = [config["network"], config["images"]]
-        return argparse.Namespace(folder=folder.resolve(), settings=config["settings"], network=network,
-                                  rows=rows, metrics=metrics) if done else None
+        return argparse.Namespace(
+            folder=folder.resolve(), settings=config["settings"], rows=rows, metrics=metrics,
+            network=[config["network"], config["images"]]) if done else None
     except (OSError, ValueError, KeyError):
         return None
 
@@ -551,8 +551,10 @@ def read_groups(paths):
     names = [re.sub(r"(_seed\d+)?(_run\d+)?$", "", next(iter(group.values())).folder.name).split("_")
              for group in kinds.values()]
     common = set.intersection(*map(set, names)) if len(names) > 1 else set()
-    for (first, *more), group in zip(names, kinds.values()):
-        name = "_".join([first, *(part for part in more if part not in common)])
+    short = ["_".join([first, *(part for part in more if part not in common)]) for first, *more in names]
+    if len(set(short)) < len(short):
+        short = ["_".join(name) for name in names]
+    for name, group in zip(short, kinds.values()):
         groups[name + "'" * sum(other.rstrip("'") == name for other in groups)] = group
     return groups
 
@@ -707,7 +709,7 @@ def classify_pictures(model, args, content, paths, device, folder):
     if not pictures:
         raise UsageError(f"--images {paths[0]}: no picture there that can be read")
     results, labels = [{"image": str(file)} for file in pictures], shown(classes)
-    names = shown([file.name[:14] for file in pictures], "picture")
+    names = shown([file.name[-14:] for file in pictures], "picture")
     if "classifier" in args.trained:
         print(f"the network knows these classes and nothing else: {' '.join(classes)}")
         for i, (file, image) in enumerate(pictures.items()):
@@ -797,9 +799,8 @@ def evaluate(options):
     of = f"-{file_name(Path(options.dataset).resolve().name)}" if options.dataset else ""
     folder = Path(options.output or Path(options.ckpt).parent / f"evaluation-{Path(options.ckpt).stem}{of}")
     if options.images:
-        folder = folder / "images"
-        classify_pictures(model, args, content, options.images, device, folder)
-        return folder
+        classify_pictures(model, args, content, options.images, device, folder / "images")
+        return folder / "images"
     dataset = load_test(model, args, content, options.dataset, device)
     count = len((dataset.labelled or dataset.train).labels)
     if options.knn is not None and not 1 <= options.knn <= count:
@@ -814,18 +815,14 @@ def evaluate(options):
 
 def make_parser():
     parser = argparse.ArgumentParser(description="Measures a checkpoint; compares runs.", allow_abbrev=False)
-    source = parser.add_mutually_exclusive_group(required=True).add_argument
+    source, add = parser.add_mutually_exclusive_group(required=True).add_argument, parser.add_argument
     source("--ckpt", help="a checkpoint, e.g. outputs/v4/best.pt")
     source("--compare", nargs="+", metavar="RUN", help="run folders, or folders of them: a table and a "
            "picture of their results; runs that differ in their seed alone are one group")
-    add, one = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
-    one("--against", metavar="SETTING=VALUE", help="with --compare: compare each group with the one that "
-        "differs from it in this setting alone, such as beta=0 (default: with the first group)")
-    one("--images", nargs="+", metavar="PICTURE", help="classify and rebuild these pictures, or those of a "
-        "folder, scaled and cropped about the centre, instead of the test images")
-    one("--knn", type=int, metavar="K", help="also classify by the K nearest training images")
-    add("--dataset", metavar="NAME|PATH", help="another data set than the checkpoint's, with its classes or "
-        "some of them; of a folder without test/ all pictures")
+    add("--against", metavar="SETTING=VALUE", help="compare with those that differ in this alone, as beta=0")
+    add("--images", nargs="+", metavar="PICTURE", help="classify and rebuild these pictures, or a folder's")
+    add("--knn", type=int, metavar="K", help="also classify by the K nearest training images")
+    add("--dataset", metavar="NAME|PATH", help="another data set, of the same classes or some of them")
     add("--data-dir", help="where named sets are (default: where training found them)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     add("--output", help="where the report goes (default: a folder beside the checkpoint or the runs)")
@@ -836,6 +833,10 @@ def make_parser():
 def main(argv):
     with errors("evaluate.py"):
         options = make_parser().parse_args(argv)
+        useless = ["images", "knn", "dataset", "data_dir"] if options.compare else ["against"]
+        for flag in useless + ["knn", "dataset", "data_dir"] * bool(options.images):
+            if getattr(options, flag):
+                raise UsageError(f"--{flag.replace('_', '-')}: no effect here; leave it out")
         if options.compare:
             first = Path(options.compare[0])
             beside = first.parent if (first / "config.json").exists() else first
@@ -843,7 +844,6 @@ def main(argv):
         else:
             folder = evaluate(options)
         print(f"saved in {folder}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def kl_loss(mean, log_variance, images):
 class Term(NamedTuple):
     name: str       # its column in a log
     loss: Callable  # the function, of the tensors below
-    needs: tuple    # the names of its tensors
+    needs: tuple    # the names of its tensors: of a batch, of evaluate.forward, and those of OPTIONAL
     unit: str       # of its curve
     help: str       # of the flag that is its weight
     default: float = 0.0  # of that flag
@@ -79,6 +79,7 @@ TERMS = {  # the flag: its term
                   "cross entropy (nats)", "weight of the classifier's cross entropy", 1.0),
     "beta": Term("autoencoder", autoencoder_loss, ("reconstruction", "images"),
                  "MSE (normalised pixels)", "weight of the reconstruction's mean squared error", 1.0),
+    # Trained as the optimizer's weight decay: train.py leaves it out of the sum.
     "gamma": Term("l2", l2_reg_loss, ("parameters",),
                   "half the sum of squares", "weight of the L2 loss, half the sum of squares of all weights"),
     "delta": Term("jigsaw", jigsaw_recon_loss, ("jigsaw_reconstruction", "images"), "MSE (normalised pixels)",

@@ -18,11 +18,11 @@ import json
 import math
 import os
 import platform
-import queue
 import re
 import shlex
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from argparse import Namespace
@@ -55,98 +55,100 @@ def process():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def steps(dataset, args, epoch):
+def steps(dataset, phase, epoch):
     """Yields an epoch's batches, each a dict of tensors: images (B, C, H, W), normalised; labels (B,); with
     --noise, inputs, the images with it. With --labels the labelled images are repeated as often as needed:
     beside batches of all images, as labelled_inputs, or, where no term needs those, instead of them. With the
     jigsaw loss, order (B, tiles)."""
     n, device, (rank, processes) = len(dataset.train.labels), dataset.train.images.device, process()
-    size = min(args.batch_size, n)  # of the labelled images' batches too
-    bounds, needed = data.bounds(n, size), losses.needed(args.weights)
-    options = dict(flip=args.flip, degrees=args.rotate, shifts=args.shift, part=(rank, processes),
-                   **args.preparation)
-    everything = data.batches(dataset.train, size, stream(args.seed, epoch, "order"), **options)
-    labelled = itertools.repeat(None)
+    size = min(phase.batch_size, n)  # of the labelled images' batches too
+    bounds, needed = data.bounds(n, size), losses.needed(phase.weights)
+    options = dict(flip=phase.flip, degrees=phase.rotate, shifts=phase.shift, part=(rank, processes),
+                   **phase.preparation)
+    everything = data.batches(dataset.train, size, stream(phase.seed, epoch, "order"), **options)
+    labelled = itertools.repeat(None)  # none apart
     if dataset.labelled is not None and "logits" in needed:
         # For a batch more than the steps, as the last one may be smaller or larger than the others.
         rounds = math.ceil((len(bounds) + 1) * size / len(dataset.labelled.labels))
-        labelled = data.batches(dataset.labelled, size, stream(args.seed, epoch, "labelled"), rounds=rounds,
+        labelled = data.batches(dataset.labelled, size, stream(phase.seed, epoch, "labelled"), rounds=rounds,
                                 **options)
-        if "images" not in needed:
+        if "images" not in needed:  # the labelled ones are all that is trained on
             everything, labelled = labelled, itertools.repeat(None)
-    noise = torch.Generator(device).manual_seed(stream(args.seed, epoch, "noise", rank))
-    if args.weights["delta"]:
-        tiles = torch.Generator().manual_seed(stream(args.seed, epoch, "tiles"))
-        orders = torch.rand(n, args.jigsaw_grid ** 2, generator=tiles).argsort(1).to(device)
+    noise = torch.Generator(device).manual_seed(stream(phase.seed, epoch, "noise", rank))
+    if phase.weights["delta"]:
+        tiles = torch.Generator().manual_seed(stream(phase.seed, epoch, "tiles"))
+        orders = torch.rand(n, phase.jigsaw_grid ** 2, generator=tiles).argsort(1).to(device)
     for (start, stop), (images, labels), other in zip(bounds, everything, labelled):
         batch = {"images": images, "labels": labels}
-        if args.noise:
-            batch["inputs"] = data.add_noise(images, args.noise, noise, args.scale)
+        if phase.noise:
+            batch["inputs"] = data.add_noise(images, phase.noise, noise, phase.scale)
         if other is not None:
-            batch["labelled_inputs"] = data.add_noise(other[0], args.noise, noise, args.scale)
+            batch["labelled_inputs"] = data.add_noise(other[0], phase.noise, noise, phase.scale)
             batch["labels"] = other[1]
-        if args.weights["delta"]:
+        if phase.weights["delta"]:
             batch["order"] = orders[start:stop][rank::processes][:len(images)]
         yield batch
 
 
-def train_step(model, batch, args, net=None, class_weights=None):
-    """One step up to the gradients. Returns sums over the batch, (terms + 1,): each term that has a weight,
-    then right answers. net: the model as DistributedDataParallel wraps it."""
-    weights = args.weights | {"gamma": 0.0}  # gamma is the optimizer's weight decay
-    tensors = evaluate.forward(net or model, batch, args, losses.needed(weights), model)
+def train_step(model, batch, phase, net=None, class_weights=None):
+    """One step up to the gradients, which it leaves. Returns sums over the batch, (terms + 1,): those of each
+    term with a weight, then right answers. net: the model as DistributedDataParallel wraps it."""
+    weights = phase.weights | {"gamma": 0.0}  # gamma is the optimizer's weight decay
+    tensors = evaluate.forward(net or model, batch, phase, losses.needed(weights), model)
     loss, values = losses.weighted_loss(weights, **batch, **tensors, class_weights=class_weights,
-                                        label_smoothing=args.label_smoothing)
+                                        label_smoothing=phase.label_smoothing)
     loss.backward()
     with torch.no_grad():
-        sums = [value * len(batch["labels" if name == "classifier" else "images"])
-                for name, value in values.items()]
+        sums = [values[term.name] * len(batch["labels" if "labels" in term.needs else "images"])
+                for term in losses.TERMS.values() if term.name in values]
         right = (tensors["logits"].argmax(1) == batch["labels"]).sum() if "logits" in tensors else loss * 0
         return torch.stack([*sums, right])
 
 
-def train_epoch(model, dataset, optimizer, args, epoch, net=None):
-    """One epoch (counted from 0) of the weighted loss. args: the settings of a part of `phases`.
+def train_epoch(model, dataset, optimizer, phase, epoch, net=None):
+    """One epoch (counted from 0) of the weighted loss. phase: the settings of a part of the run, of `phases`.
 
     Returns the epoch's means as plain numbers: loss, the terms by name and accuracy. The seed and the epoch
     alone decide order, flips, tiles, noise and dropout. Nothing waits for the device but every hundredth
     step, where a loss that is not finite ends the run (Stopped).
     """
     model.train()
-    if args.frozen:
+    if phase.frozen:
         model.encoder.eval()  # BatchNorm keeps its statistics
     device = dataset.train.images.device
-    torch.manual_seed(stream(args.seed, epoch, "dropout", process()[0]))  # and of variational codes
+    torch.manual_seed(stream(phase.seed, epoch, "dropout", process()[0]))  # and of variational codes
     class_weights = None
-    if args.class_weights:
+    if phase.class_weights:
         labels = (dataset.labelled or dataset.train).labels
         class_weights = losses.balanced_weights(labels, model.num_classes)
-    work = functools.partial(train_step, model, args=args, net=net, class_weights=class_weights)
+    work = functools.partial(train_step, model, phase=phase, net=net, class_weights=class_weights)
     if device.type == "cuda" and net is None:  # DistributedDataParallel's communication is not recorded
         work = Recorded(work, list(model.parameters()))
-    terms = [term.name for flag, term in losses.TERMS.items() if args.weights[flag] and flag != "gamma"]
-    count = len(data.bounds(len(dataset.train.labels), args.batch_size))
-    history, images, labels = torch.zeros(count, len(terms) + 1, device=device), 0, 0
-    for step, batch in enumerate(steps(dataset, args, epoch)):
+    terms = [term for flag, term in losses.TERMS.items() if phase.weights[flag] and flag != "gamma"]
+    count = len(data.bounds(len(dataset.train.labels), phase.batch_size))
+    history, images_seen, labels_seen = torch.zeros(count, len(terms) + 1, device=device), 0, 0
+    for step, batch in enumerate(steps(dataset, phase, epoch)):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, epoch + step / count)
+            group["lr"] = learning_rate(phase, epoch + step / count)
         history[step] = work(batch)
-        with evaluate.autocast(device, args.precision):  # of Muon's matrix products
+        with evaluate.autocast(device, phase.precision):  # of Muon's matrix products
             optimizer.step()
         optimizer.zero_grad()
-        images, labels = images + len(batch["images"]), labels + len(batch["labels"])
+        images_seen, labels_seen = images_seen + len(batch["images"]), labels_seen + len(batch["labels"])
         if step % 100 == 99 or step == count - 1:
             check_finite(history[:step + 1], terms, epoch)
     sums = history.sum(0)
     if net is not None:
         dist.all_reduce(sums)
-        images, labels = images * dist.get_world_size(), labels * dist.get_world_size()
+        images_seen, labels_seen = images_seen * dist.get_world_size(), labels_seen * dist.get_world_size()
     *totals, right = sums.tolist()
-    means = {name: total / (labels if name == "classifier" else images) for name, total in zip(terms, totals)}
+    means = {term.name: total / (labels_seen if "labels" in term.needs else images_seen)
+             for term, total in zip(terms, totals)}
     with torch.no_grad():  # the weights change little within an epoch: the term is taken once, as it ends
         means["l2"] = losses.l2_reg_loss(optimizer.param_groups[0]["params"]).item()
-    means["loss"] = losses.weighted_sum(args.weights, means)
-    return means | {"accuracy": 100 * right / labels if "classifier" in means else None}
+    means["loss"] = losses.weighted_sum(phase.weights, means)
+    means["accuracy"] = 100 * right / labels_seen if "logits" in losses.needed(phase.weights) else None
+    return means
 
 
 def check_finite(history, terms, epoch):
@@ -154,32 +156,32 @@ def check_finite(history, terms, epoch):
     bad = (~history.isfinite()).nonzero().tolist()
     if bad:
         step, term = bad[0]
-        raise Stopped(f"epoch {epoch + 1}, step {step + 1}: the {terms[term]} loss is "
+        raise Stopped(f"epoch {epoch + 1}, step {step + 1}: the {terms[term].name} loss is "
                       f"{history[step, term].item()}; a smaller --lr may help")
 
 
-def learning_rate(args, epoch):
+def learning_rate(phase, epoch):
     """The learning rate at a moment of a phase (2.5: the middle of the run's third epoch)."""
-    if args.schedule == "onecycle":
-        done = (epoch - args.start) / (args.end - args.start)
-        return args.lr * float(np.interp(done, (0, 0.23, 1), (0.2, 1, 0)))
-    return args.lr * args.lr_decay ** ((epoch - args.start) // args.lr_step)
+    if phase.schedule == "onecycle":
+        done = (epoch - phase.start) / (phase.end - phase.start)
+        return phase.lr * float(np.interp(done, (0, 0.23, 1), (0.2, 1, 0)))
+    return phase.lr * phase.lr_decay ** ((epoch - phase.start) // phase.lr_step)
 
 
-def make_optimizer(model, args):
+def make_optimizer(model, phase):
     """The optimizer over the parts that a phase trains, the others frozen.
 
     The gradient of gamma * l2_reg_loss is gamma * parameter, which is what weight decay adds, at no cost of
     its own (Muon's is decoupled: it shrinks the weights beside the update).
     """
-    learns = {"encoder": not args.frozen, **trained_parts(args.weights)}
+    learns = {"encoder": not phase.frozen, **trained_parts(phase.weights)}
     for name, part in model.named_children():
         part.requires_grad_(learns[name])
     parameters = [p for p in model.parameters() if p.requires_grad]
-    kind, fused, options = OPTIMIZERS[args.optimizer]
-    options = {option: getattr(args, option) for option in options}
+    kind, fused, options = OPTIMIZERS[phase.optimizer]
+    options = {option: getattr(phase, option) for option in options}
     options |= {"fused": True} if parameters[0].device.type in fused else {}
-    return kind(parameters, lr=args.lr, weight_decay=args.weight_decay + args.gamma, **options)
+    return kind(parameters, lr=phase.lr, weight_decay=phase.weight_decay + phase.weights["gamma"], **options)
 
 
 def trained_parts(weights):
@@ -203,10 +205,10 @@ def phases(args):
     # The terms of the autoencoder are those that do not need labels, of the classifier that need no images.
     one, two = ({flag: args.weights[flag] * (tensor not in term.needs) for flag, term in losses.TERMS.items()}
                 for tensor in ("labels", "images"))
-    both = vars(args) | {"lr_step": max(1, args.lr_step // 2)}
-    return [Namespace(**both | dict(start=0, end=first, frozen=False, weights=one, weight_decay=decay,
-                                    trained=["decoder"])),
-            Namespace(**both | dict(start=first, end=args.epochs, frozen=args.freeze_encoder, weights=two))]
+    common = vars(args) | {"lr_step": max(1, args.lr_step // 2)}
+    return [Namespace(**common | dict(start=0, end=first, frozen=False, weights=one, weight_decay=decay,
+                                      trained=["decoder"])),
+            Namespace(**common | dict(start=first, end=args.epochs, frozen=args.freeze_encoder, weights=two))]
 
 
 def train(model, dataset, args, folder, state=None):
@@ -231,28 +233,27 @@ def train(model, dataset, args, folder, state=None):
             optimizer.load_state_dict(state["optimizer"])
         net = torch.nn.parallel.DistributedDataParallel(model) if processes > 1 else None
         for epoch in range(len(rows), phase.end):
-            start = time.perf_counter()
+            began = time.perf_counter()
             means = train_epoch(model, dataset, optimizer, phase, epoch, net)
-            seconds = time.perf_counter() - start
+            seconds = time.perf_counter() - began
             rows.append({"epoch": epoch + 1})
             if rank:
                 continue
             rows[-1], tested = measure_epoch(model, dataset, phase, epoch, means)
             rows[-1] |= {"lr": optimizer.param_groups[0]["lr"], "seconds": seconds,
                          "images_per_second": len(dataset.train.labels) / seconds,
-                         "test_seconds": time.perf_counter() - start - seconds}
+                         "test_seconds": time.perf_counter() - began - seconds}
+            save(folder, model, dataset, vars(args) | {"trained": phase.trained}, rows, tested, optimizer)
             print_row(table, rows[-1])
-            settings = vars(args) | {"trained": phase.trained}
-            save(folder, model, dataset, settings, rows, tested, optimizer)
     return rows, tested
 
 
-def measure_epoch(model, dataset, args, epoch, means):
+def measure_epoch(model, dataset, phase, epoch, means):
     """The log's row of an epoch, and the measurement of the test images. means: of `train_epoch`. Raises
     Stopped."""
-    tested = evaluate.measure(model, dataset.test, args, mirrored=args.flip and epoch + 1 == args.epochs)
-    held_out = evaluate.measure(model, dataset.val, args) if dataset.val else {}
-    tested["loss"] = losses.weighted_sum(args.weights, tested | {"l2": means["l2"]})
+    tested = evaluate.measure(model, dataset.test, phase, mirrored=phase.flip and epoch + 1 == phase.epochs)
+    held_out = evaluate.measure(model, dataset.val, phase) if dataset.val else {}
+    tested["loss"] = losses.weighted_sum(phase.weights, tested | {"l2": means["l2"]})
     terms, errors = [term.name for term in losses.TERMS.values()], [key for _, key, _ in evaluate.MEASURES]
     columns = {"train": (means, ["loss", *terms, "accuracy"]),
                "test": (tested, ["loss", *(name for name in terms if name != "l2"), "accuracy", *errors]),
@@ -372,7 +373,7 @@ def check_network(model, dataset, args, sides):
     for wrong, message in (
             ("decoder" in args.trained and args.scale not in reach, f"--scale {args.scale}: the decoder of "
              f"{args.version} ends in a {end}, not reaching its values; expected {' or '.join(reach)}"),
-            (args.delta and any(side % args.jigsaw_grid for side in sides),
+            (args.weights["delta"] and any(side % args.jigsaw_grid for side in sides),
              f"--jigsaw-grid {args.jigsaw_grid}: does not cut images of {sides[1]}x{sides[0]} evenly"),
             ("classifier" in args.trained and model.num_classes < 2,
              f"--alpha {args.alpha:g}: {dataset.name} has one class here; expected two, or --alpha 0"),
@@ -464,8 +465,7 @@ def announce(args, dataset, model, folder):
           f"epochs {args.epochs}, batch {args.batch_size}, {args.optimizer} lr {args.lr:g}, {weights}, "
           f"seed {args.seed}")
     if args.separate:
-        print(f"epochs 1 to {phases(args)[0].end}: the autoencoder alone; then the classifier on its "
-              f"{'frozen ' * args.freeze_encoder}encoder")
+        print(f"epochs 1 to {phases(args)[0].end}: the autoencoder alone; then the classifier on its encoder")
     print(f"on {dataset.train.images.device} in {args.precision}, into {folder}\n", flush=True)
 
 
@@ -619,9 +619,8 @@ def train_many(many, words):
     # Small networks use several threads badly; networks of large batches well.
     alone = device.type != "cpu" or max(args.batch_size for args in settings) >= 500
     jobs = min(many.jobs or gpus or (1 if alone else cores), len(runs))
-    threads, width, free = max(1, cores // jobs), max(len(run.name) for run in runs), queue.SimpleQueue()
-    for job in range(jobs):
-        free.put(["--device", f"cuda:{job % gpus}"] if gpus else [])
+    threads, width, running = max(1, cores // jobs), max(len(run.name) for run in runs), []
+    thread, numbers = threading.local(), itertools.count()  # each thread has a number: its GPU's
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONIOENCODING": "utf-8"}
 
     def train_one(folder):
@@ -629,10 +628,11 @@ def train_many(many, words):
         if (folder / "config.json").exists():
             line = ["--resume", str(folder), "--data-dir", args.data_dir]
         with open(f"{folder}.txt", "a", encoding="utf-8") as file:
-            device = free.get()
-            status = subprocess.call([sys.executable, __file__, *line, *device], stdout=file, stderr=file,
+            device = ["--device", f"cuda:{thread.number % gpus}"] if gpus else []
+            child = subprocess.Popen([sys.executable, __file__, *line, *device], stdout=file, stderr=file,
                                      env=environment)
-            free.put(device)
+            running.append(child)
+            status = child.wait()
         last = Path(f"{folder}.txt").read_text(encoding="utf-8").strip().split("\n")[-1] or "no output"
         result = f"  failed: {last} ({folder}.txt)" if status else summary(folder)
         print(f"{folder.name:<{width}}{result}{(time.time() - start) / 60:>8.1f} min", flush=True)
@@ -641,16 +641,18 @@ def train_many(many, words):
     print(f"{len(todo)} of {len(runs)} runs to train, {jobs} at once, {threads} CPU threads each, into "
           f"{output}", flush=True)
     Path(output).mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(jobs, initializer=lambda: setattr(thread, "number", next(numbers))) as pool:
         try:
             done = list(pool.map(train_one, todo))
         except BaseException as error:  # Ctrl-C ends the runs, too; their completed epochs are kept
             pool.shutdown(wait=False, cancel_futures=True)
+            for child in running:
+                child.terminate()
             error.advice = "; the same command resumes the runs"
             raise
     complete = [folder for folder in runs if evaluate.read_run(folder)]
     if len(complete) > 1:
-        where = Path(output, "comparison" if many.sweep else f"comparison-{complete[0].name}")
+        where = Path(output, "comparison" if many.sweep else f"comparison-{next(iter(runs)).name}")
         against = against if len(complete) == len(runs) else None  # which may have failed
         print(f"\nsaved in {evaluate.compare(complete, where, against)}")
     return 0 if all(done) else 1
@@ -752,13 +754,13 @@ COUNT, POSITIVE, WEIGHT = number(int, 1), number(float, 0, above=True), number(f
 # The flags of several runs; all others are a run's.
 MANY = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
 MANY.error = evaluate.fail
-add = MANY.add_argument_group("several runs, and their comparison").add_argument
-add("--seeds", type=COUNT, metavar="N", help="train with N seeds, from --seed on; finished runs are kept")
-add("--sweep", metavar="NAME", help="a run for each value of a setting, SETTING=V1,V2,..., compared with the "
-    "first; or the runs of a table: " + "; ".join(f"{key}: {sweep.help}" for key, sweep in SWEEPS.items()))
-add("--jobs", type=COUNT, metavar="J", help="runs at once; by default one for each GPU or, without GPUs, for "
-    "each CPU thread (one in all from batches of 500 images on)")
-add("--list", action="store_true", help="print the commands of the runs, one a line, and run nothing")
+several = MANY.add_argument_group("several runs, and their comparison").add_argument
+several("--seeds", type=COUNT, metavar="N", help="train with N seeds, from --seed on; finished runs are kept")
+several("--sweep", metavar="NAME", help="a run for each value of a setting, SETTING=V1,V2,..., compared with "
+        "the first; or a table's runs: " + "; ".join(f"{key}: {row.help}" for key, row in SWEEPS.items()))
+several("--jobs", type=COUNT, metavar="J", help="runs at once; by default one for each GPU or, without GPUs, "
+        "for each CPU thread (one in all from batches of 500 images on)")
+several("--list", action="store_true", help="print the commands of the runs, one a line, and run nothing")
 
 
 def make_parser(version="v4"):
@@ -788,8 +790,7 @@ def make_parser(version="v4"):
     add("--classifier", metavar="NOTATION", help="another classifier, such as \"L(128)>L'(10)\"")
     add("--decoder", metavar="NOTATION", help="another decoder, such as \"T(32)>T(3)\", mirror, or none")
     add("--no-decoder", dest="decoder", action="store_const", const="none", help="no decoder; beta is then 0")
-    add("--skip", action=switch, help="the CIFAR study's modified network: lower features, through one "
-        "conv, join the final ones before the classifier's last part")
+    add("--skip", action=switch, help="lower features join the classifier's, as in the CIFAR study")
     add("--pretrained", action=switch, help="standard networks: start from ImageNet weights")
     add("--init", metavar="CKPT", help="start from a checkpoint's encoder and, where they fit, its rest")
 
@@ -801,8 +802,7 @@ def make_parser(version="v4"):
     add("--classes", metavar="NAME,...", help="only these classes")
     add("--train-size", type=COUNT, metavar="N", help="train on N images")
     add("--test-size", type=COUNT, metavar="N", help="test on N images")
-    add("--val-share", type=number(float, 0, 0.9), default=0.0, metavar="X", help="hold out this share of "
-        "the training images and choose the best epoch on it; with 0 it is chosen on the test images")
+    add("--val-share", type=number(float, 0, 0.9), default=0.0, metavar="X", help="to choose the best epoch")
     add("--labels", type=COUNT, metavar="N", help="only N training images keep their labels")
     add("--variant", choices=data.VARIANTS, default="complete", help="constrained: keep only the shares of "
         "--constrain; undersampled: then cut every class to the smallest; oversampled: then repeat images up "
@@ -813,8 +813,8 @@ def make_parser(version="v4"):
     add("--noise", type=number(float, 0, 10), default=0.0, metavar="STD", help="Gaussian noise on the "
         "network's input, on pixels of 0-1; the clean image is the reconstruction target")
     add("--clean-test", action=switch, help="no noise on the test images")
-    add("--rotate", type=number(float, 0, 180), default=0.0, metavar="ANGLE", help="turn them by up to this")
-    add("--shift", type=number(int, 0, 16), default=0, metavar="PIXELS", help="move them by up to this")
+    add("--rotate", type=number(float, 0, 180), default=0.0, metavar="X", help="of training images, degrees")
+    add("--shift", type=number(int, 0, 16), default=0, metavar="N", help="of training images, up to N pixels")
     add("--flip", action=switch, help="left-right flips in training; never on mnist and svhn")
 
     formula = " + ".join(f"{flag} * {term.name}" for flag, term in losses.TERMS.items())
@@ -905,15 +905,14 @@ def check(args, typed):
              "expected alpha and beta (or delta) above 0, and a decoder"),
             (args.separate and args.epochs < 2, f"--epochs {args.epochs}: --separate needs at least 2"),
             (args.labels and args.variant in ("oversampled", "smote"), f"--labels {args.labels}: expected a "
-             f"--variant that copies no image, not {args.variant}"),
-            (args.dataset in data.NEVER_FLIPPED and typed.get("flip"),
-             f"--flip: a mirrored digit is not a digit; leave it out for {args.dataset}")):
+             f"--variant that copies no image, not {args.variant}")):
         if wrong:
             raise UsageError(message)
     for flags, has, needs in (
             (("classifier", "skip", "labels", "label_smoothing", "class_weights"), classified, "--alpha 1"),
             (("freeze_encoder", "first_share", "first_decay"), args.separate, "--separate"),
             (("pretrained",), version and version.pretrained, "a version that has pretrained weights"),
+            (("flip",), args.dataset not in data.NEVER_FLIPPED, "images other than digits"),
             (("jigsaw_grid",), args.delta, "--delta above 0"),
             (("constrain",), args.variant != "complete", "--variant other than complete"),
             (("lr_step", "lr_decay"), args.schedule == "step", "--schedule step"),

@@ -3,6 +3,7 @@ tensors of two devices in one operation raise, as does whatever waits for a valu
 with the CPU, precision."""
 import contextlib
 import math
+import threading
 from pathlib import Path
 from unittest import mock
 
@@ -241,10 +242,11 @@ def test_a_recorded_step_gets_each_batch_and_gives_its_gradients(monkeypatch):
 
 
 def test_the_runs_of_a_sweep_are_spread_over_the_gpus(monkeypatch, tmp_path, capsys):
-    start = mock.Mock(return_value=1)  # runs that fail
+    both = threading.Barrier(2)  # two runs are there at once; all fail
+    start = mock.Mock(return_value=mock.Mock(wait=lambda: (both.wait(60), 1)[1]))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(train.subprocess, "call", start)
+    monkeypatch.setattr(train.subprocess, "Popen", start)
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: "stopped")
     assert train.main(["--version", "v3", "--seeds", "4", "--output", str(tmp_path)]) == 1
     assert capsys.readouterr().out.startswith("4 of 4 runs to train, 2 at once")

@@ -66,7 +66,7 @@ def test_a_folder_of_train_test_and_val(tmp_path, train, test):
     (("training_set", "test_set"), "test_set/ant: pictures are not read from here; .*rename the parts"),
     (("test", "val"), "test/ant: pictures are"), (("a/train", "a/test"), "a/test/ant: pictures are"),
     (("train/big", "test"), "train/big/ant: pictures are"), (("train",), "has no test pictures"),
-    (("train", "val"), "has no test pictures.*; rename val to test"),
+    (("train", "val"), "has no test pictures"),
     (("train", "testing", "test"), "testing/ant: pictures are .*rename")])
 def test_folders_that_are_neither_parts_nor_classes_are_refused(tmp_path, parts, expected):
     """As two classes, "test_set" and "training_set", they were trained on."""
@@ -74,6 +74,19 @@ def test_folders_that_are_neither_parts_nor_classes_are_refused(tmp_path, parts,
     with pytest.raises(DataError, match=expected) as error:
         data.load(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_top_folders_of_pictures_alone(tmp_path):
+    """training/ and testing/ are no classes; train is one beside others; a val of no class is missed."""
+    for name, tops, answer in (("a", ["training", "testing"], "rename the parts"), ("b", ["train", "bus"], None),
+                               ("c", ["train/ant", "test/ant", "val"], "has no val pictures")):
+        for top in tops:
+            for i in range(20):
+                save(tmp_path / name / top / f"{i}.png", (i + 50, 100, 200))
+        if answer:
+            with pytest.raises(DataError, match=answer):
+                data.load(str(tmp_path / name))
+    assert data.load(str(tmp_path / "b")).classes == ["bus", "train"]
 
 
 def test_hidden_files_are_no_pictures_and_what_is_left_out_is_said(tmp_path, capsys):
@@ -145,7 +158,7 @@ def test_a_class_without_training_images_is_refused(tmp_path):
     root = make_folder(tmp_path, parts=(("", 10),))
     for i in {*range(10)} - {6, 7}:  # the checksums of those are 0.19 and 0.05 of the range
         (root / f"bee/{i}.png").unlink()
-    with pytest.raises(DataError, match="bee/6.png: of no training class; .*test_share than 0.2"):
+    with pytest.raises(DataError, match="bee/6.png: of no training class"):
         data.load(str(root))
     assert data.load(str(root), test_share=0.1).test.labels.tolist().count(1) == 1
     with pytest.raises(DataError, match="has no test pictures"):
@@ -306,8 +319,8 @@ def test_an_npz_in_each_layout(tmp_path):
     (dict(x_test=np.zeros((2, 4, 4, 3), np.uint8)), "expected one shape"),
     (dict(y_train=np.array([0, 1, 2])), r"y_train int64 \(3,\)"),
     (dict(y_train=np.array(list("abcabc"))), "y_train <U1"),
-    (dict(y_train=np.array([0, 1, -1, 0, 1, 2])), r"y_train int64 \(6,\) of \[-1  2\]"),
-    (dict(y_train=np.array([1, 2, 3, 1, 2, 3])), r"of \[1 3\]; .* numbers of 0 to 2"),
+    (dict(y_train=np.array([0, 1, -1, 0, 1, 2])), r"y_train int64 \(6,\) of \[-1  0  1  2\]"),
+    (dict(y_train=np.array([1, 2, 3, 1, 2, 3])), r"of \[1 2 3\]; .* numbers of 0 to 2"),
     (dict(y_test=np.array([0, 3])), r"y_test int64 \(2,\) of \[0 3\]"),
     (dict(classes=np.array(["a"])), "1 classes; expected .* 3 classes")])
 def test_an_unusable_npz(tmp_path, changes, expected):
@@ -409,7 +422,7 @@ def test_load_is_its_steps_called_one_by_one(few_shapes):
     (dict(val_share=0.001), "val_share 0.001: count 0: "), (dict(val_share=0.97), "0.97: leaves a class"),
     (dict(variant="oversample"), "variant oversample: one of complete"),
     (dict(constrain={"ring": 0.5}), "variant complete: .*with constrain not complete"),
-    (dict(variant="constrained"), "variant constrained: leaves all images as they are"),
+    (dict(variant="constrained"), "variant constrained: changes nothing"),
     (dict(variant="constrained", constrain={"cat": 0.5}), "'cat': 0.5}: expected classes of circle"),
     (dict(variant="constrained", constrain={"ring": 2.5}), "'ring': 2.5}: .*above 0, at most 1"),
     (dict(variant="constrained", constrain={"ring": 0.001}), "leave images of each class")])

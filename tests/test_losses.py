@@ -137,6 +137,16 @@ def test_a_row_of_the_table_is_a_whole_term(tiny, tmp_path, monkeypatch):
     assert train.parse(["--alpha", "0", "--beta", "0", "--mu", "1"])[0].trained == ["decoder"]
 
 
+def test_another_classifier_term_has_its_accuracy(tiny, tmp_path, monkeypatch, undrawn):
+    """Alone, and with few labels: a mean over the labelled images, of which there are as many here."""
+    monkeypatch.setitem(losses.TERMS, "nu", losses.Term(
+        "other", losses.classifier_loss, ("logits", "labels"), "nats", "weight of the same loss again"))
+    monkeypatch.setattr(train, "defaults", train.defaults.__wrapped__)
+    _, (row,), _ = train.run(version="v3", dataset=tiny, alpha=0.0, nu=1.0, beta=1.0, epochs=1, labels=20,
+                             batch_size=24, output=tmp_path)
+    assert row["train_accuracy"] is not None and row["train_other"] == pytest.approx(math.log(10), rel=0.05)
+
+
 # ---------------------------------------------------------------- the jigsaw
 
 @pytest.mark.parametrize("grid, side", [(1, 6), (2, 6), (4, 8)])

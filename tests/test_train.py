@@ -11,6 +11,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -657,6 +658,14 @@ def test_a_sweep_of_a_setting_takes_its_values_as_they_are():
             ("jigsaw-grid=2,4", "--delta 1", "jigsaw_grid", [2, 4])):
         runs, _, against = train.plan(Namespace(sweep=sweep, seeds=None), words.split())
         assert [getattr(args, key) for _, args in runs.values()] == values and against is None
+
+
+def test_an_interrupted_sweep_ends_its_runs(tiny, tmp_path, monkeypatch):
+    """Also where the signal reaches the sweep alone."""
+    child = mock.Mock(wait=mock.Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(train.subprocess, "Popen", lambda *_, **__: child)
+    assert fails("--version", "v3", "--dataset", tiny, "--seeds", "2", "--output", tmp_path) == 130
+    assert child.terminate.called
 
 
 def test_runs_that_would_share_a_folder_are_refused(tiny, tmp_path, capsys):
