@@ -594,9 +594,9 @@ def test_a_run_resumes_on_its_own_data_alone(tiny, tmp_path, capsys):
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGKILL")
 def test_a_killed_run_and_a_killed_sweep_go_on(tiny, tmp_path):
     """Killed as soon as a checkpoint is there; the same command of a sweep resumes its runs."""
-    words = ["--version", "v3", "--dataset", tiny, "--device", "cpu", "--batch-size", "4", "--epochs", "6",
+    words = ["--version", "v3", "--dataset", tiny, "--device", "cpu", "--batch-size", "4", "--epochs", "4",
              "--output", str(tmp_path), "--seeds", "1"]
-    folder = tmp_path / "v3_dataset-tiny_epochs6_batch-size4"
+    folder = tmp_path / "v3_dataset-tiny_epochs4_batch-size4"
     process = subprocess.Popen([sys.executable, ROOT / "train.py", *words], start_new_session=True,
                                stdout=subprocess.DEVNULL)
     while not (folder / "last.pt").exists():
@@ -605,7 +605,7 @@ def test_a_killed_run_and_a_killed_sweep_go_on(tiny, tmp_path):
     process.wait()
     models.load(folder / "last.pt")
     assert train.main(words) == 0
-    whole = run(tiny, tmp_path / "whole", "--version", "v3", "--batch-size", "4", "--epochs", "6")
+    whole = run(tiny, tmp_path / "whole", "--version", "v3", "--batch-size", "4", "--epochs", "4")
     assert_equal(weights(folder), weights(whole))
     assert log(folder) == log(whole)
 
