@@ -208,11 +208,11 @@ def measure(model, split, args, mirrored=False):
     """
     training, sums, logits, n = model.training, [], [], len(split.labels)
     model.eval()
-    needed = ["logits"] * ("classifier" in args.trained) + ["mean"] * model.variational
-    if "decoder" in args.trained:
-        needed += ["reconstruction"] + ["jigsaw_reconstruction"] * bool(args.delta)
+    needed = {"mean", *losses.needed(args.weights)} - {"logits"}  # a checkpoint may be before its classifier
+    needed.update(["logits"] * ("classifier" in args.trained), ["jigsaw_reconstruction"] * bool(args.delta),
+                  ["reconstruction"] * ("decoder" in args.trained))
     for batch in test_batches(split, args):
-        tensors = batch | forward(model, batch, args, {*needed, *losses.needed(args.weights)})
+        tensors = batch | forward(model, batch, args, needed)
         found = {term.name: len(batch["labels"]) * term.loss(*(tensors.get(name) for name in term.needs))
                  for term in losses.TERMS.values() if set(term.needs) - set(losses.OPTIONAL) <= set(tensors)}
         if "logits" in tensors:

@@ -587,9 +587,9 @@ def plan(many, words):
         output = str(Path(output, f"sweep-{slug(many.sweep)}"))
     for line, i in itertools.product(lines, range(many.seeds or 1)):
         line = [*line, *words, "--seed", str(common.seed + i), "--output", output]
-        if parse(line, False)[0].dataset is None:  # no substitute among many
-            line += ["--dataset", "cifar10"]
         args = parse(line)[0]
+        if args.dataset is None:  # no substitute among many
+            line, args.dataset = [*line, "--dataset", "cifar10"], "cifar10"
         folder = Path(output, run_name(args))
         if folder in runs:
             raise UsageError(f"{folder}: would be the folder of two runs; expected settings that its name "

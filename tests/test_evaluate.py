@@ -330,6 +330,14 @@ def test_all_pictures_of_a_folder_are_measured(run, figures, tmp_path, capsys):
     assert {row["image"] for row in read_csv(tmp_path / "out/predictions.csv")} == set(files[:24])
 
 
+def test_a_checkpoint_before_its_classifier_is_measured_without_it():
+    """Of separate training: the settings have all weights, `trained` has the decoder alone."""
+    args, _ = train.parse("--version v3 --separate --epochs 2 --delta 1 --precision fp32".split())
+    args.trained = ["decoder"]
+    measured = evaluate.measure(models.build("v3"), data.shapes(10, 10).test, args)
+    assert {"autoencoder", "jigsaw", "psnr"} <= set(measured) and not {"accuracy", "classifier"} & set(measured)
+
+
 def test_pictures_are_prepared_as_the_test_images_are(tmp_path, figures, monkeypatch, capsys):
     """To the bit, of unequal sizes, from a folder and files; one that is damaged is left out."""
     draw = np.random.default_rng(0)
