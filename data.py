@@ -226,7 +226,7 @@ def _read_folder(folder, size, test_share):
             rows.append((part, above[0] if above else folder.absolute().name, file))
     left = set(listed) - {file for _, _, file in rows}
     if left:
-        print(f"{folder}: {len(left):,} files left out, such as {min(left)}; pictures are read from "
+        print(f"{folder}: files left out: {len(left):,}, such as {min(left)}; pictures are read from "
               f"{LAYOUTS}", file=sys.stderr)
     lacking = {"test", *parts.values()} - {part for part, _, _ in rows}
     if lacking:

@@ -102,7 +102,7 @@ def test_hidden_files_are_no_pictures_and_what_is_left_out_is_said(tmp_path, cap
     save(tmp_path / "train/of-no-class.png")
     assert_equal(data.load(str(tmp_path)), expected)
     line = capsys.readouterr().err
-    assert line.count("\n") == 1 and "4 files left out, such as LICENSE; pictures are" in line
+    assert line.count("\n") == 1 and "files left out: 4, such as LICENSE; pictures are" in line
 
 
 def test_all_damaged_pictures_are_named_at_once(tmp_path):
