@@ -445,7 +445,7 @@ def _encoder(version):
 
 
 def _output_shape(module, shape, name):
-    """The shape that a module in training mode gives for inputs of that shape; NotationError if it cannot."""
+    """The shape that a module gives for inputs of that shape; NotationError if it cannot."""
     try:
         with torch.no_grad():
             output = module.eval()(torch.zeros(1, *shape))
