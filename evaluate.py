@@ -596,11 +596,10 @@ def references(groups, against):
     return pairs
 
 
-def table_row(name, group, found):
+def table_row(name, group, found, classified):
     """The row of a group in a comparison, a dict of texts by column. found: (mean difference, half its
-    interval, number of pairs), or None."""
-    metrics = next(iter(group.values())).metrics
-    row, n = {"run": name, "n": str(len(group))}, metrics["test_images"]
+    interval, number of pairs), or None; in accuracy (`classified`) or in PSNR."""
+    row, n = {"run": name, "n": str(len(group))}, next(iter(group.values())).metrics["test_images"]
     for title, key, decimals in COLUMNS:
         values = list(figures(group, key).values())
         decimals = min(decimals, digits(n)) if "%" in title else decimals
@@ -609,13 +608,13 @@ def table_row(name, group, found):
             row[title] += f" ± {np.std(values, ddof=1):.{decimals}f}"
     row |= {"difference": "", "result": ""}
     if found:
-        (mean, half, pairs), places = found, digits(n) if "accuracy" in metrics else 2
+        (mean, half, pairs), places = found, digits(n) if classified else 2
         note = f" ({pairs} pairs)" if pairs < len(group) else ""
         row["difference"] = f"{mean:+.{places}f} ± {half:.{places}f}{note}"
         # Without a width: few test images can give equal differences by chance.
         row["result"] = "not shown" if not 0 < half < abs(mean) else "better" if mean > 0 else "worse"
     chance = figures(group, "accuracy.at_chance").values()
-    return row | ({"result": "at chance"} if chance and all(chance) else {})
+    return row | ({"result": "at chance"} if classified and chance and all(chance) else {})
 
 
 def compare(paths, output, against=None):
@@ -623,7 +622,8 @@ def compare(paths, output, against=None):
     intervals; saves it whole in the folder `output`, which it returns, with a picture. UsageError."""
     groups = read_groups(paths)
     pairs = references(groups, against) if len(groups) > 1 else {}
-    classified = all("accuracy" in run.metrics for name in pairs or groups for run in groups[name].values())
+    those = {*pairs, *pairs.values()} or groups  # that are compared
+    classified = all("accuracy" in run.metrics for name in those for run in groups[name].values())
     key = "accuracy.test" if classified else "reconstruction.psnr"
     unit = "points of accuracy" if classified else "dB of PSNR"
     found = {}
@@ -632,7 +632,7 @@ def compare(paths, output, against=None):
         each = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
         if len(each) > 1:
             found[name] = *mean_interval(each), len(each)
-    rows = [table_row(name, group, found.get(name)) for name, group in groups.items()]
+    rows = [table_row(name, group, found.get(name), classified) for name, group in groups.items()]
     columns = [title for title in rows[0] if any(row[title] for row in rows)]  # no empty ones
     lines = [columns, *([row[title] for title in columns] for row in rows)]
     widths = [max(map(len, column)) if title in PRINTED else 0 for title, column in zip(columns, zip(*lines))]

@@ -455,10 +455,13 @@ def test_runs_without_a_classifier_are_compared_by_their_psnr(compared, figures,
     for seed, gain in enumerate((2.0, 2.2)):
         write_run(tmp_path / f"runs/cnn_seed{seed}", psnr=20.0 + seed, seed=seed)
         write_run(tmp_path / f"runs/cnn_lr0.5_seed{seed}", psnr=20.0 + seed + gain, seed=seed, lr=0.5)
+        write_run(tmp_path / f"runs/both_seed{seed}", 9.0, psnr=20.0 + seed + gain, images=99, seed=seed, alpha=1)
     write_run(tmp_path / "runs/v3", 50.0, psnr=None, lr=0.1)  # a classifier alone
     rows = compared(tmp_path / "runs", "--against", "lr=0.01")
     assert [rows[name]["difference"] for name in ("cnn", "cnn_lr0.5", "v3")] == ["", "+2.10 ± 1.27", ""]
     assert figures["comparison.png"].axes[1].get_xlabel() == "dB of PSNR more than with lr=0.01 →"
+    rows = compared(*sorted((tmp_path / "runs").glob("cnn_seed*")), *(tmp_path / "runs").glob("both*"))
+    assert rows["both"]["difference"] == "+2.10 ± 1.27" and rows["both"]["result"] == "better"
 
 
 @pytest.mark.parametrize("right, largest, chance", [(68.2, 15, True), (68.3, 15, False), (95.0, 30, False)])
