@@ -136,7 +136,7 @@ def train_epoch(model, dataset, optimizer, phase, epoch, net=None):
         optimizer.zero_grad()
         images_seen, labels_seen = images_seen + len(batch["images"]), labels_seen + len(batch["labels"])
         if step % 100 == 99 or step == count - 1:
-            check_finite(history[:step + 1], terms, epoch)
+            check_finite(history[:step + 1, :-1], terms, epoch)
     sums = history.sum(0)
     if net is not None:
         dist.all_reduce(sums)

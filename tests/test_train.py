@@ -382,7 +382,8 @@ def test_all_streams_of_random_numbers_differ():
 
 @pytest.mark.parametrize("flags, name", [
     ("--lr 1e30", r"epoch 1, step \d: the (classifier|autoencoder) loss is (nan|inf)"),
-    ("--lr 1e18 --batch-size 60", "epoch 1: .* is not finite")])
+    ("--lr 1e18 --batch-size 60", "epoch 1: .* is not finite"),
+    ("--beta 1e39 --alpha 0", r"step 2: the autoencoder loss is (nan|inf)")])  # the first one's weighted sum is inf
 def test_a_run_that_explodes_ends_with_status_1_and_saves_nothing(flags, name, tiny, tmp_path, capsys):
     """Also in an epoch's last step, whose loss is of the weights before it."""
     argv = ["--version", "v3", "--dataset", tiny, "--output", tmp_path, "--device", "cpu", *flags.split()]
