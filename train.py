@@ -395,10 +395,8 @@ def run_name(args):
     parts, unnamed = [args.version], ["version", "precision", "data_dir", *evaluate.INCIDENTAL]
     unnamed += ["beta"] * (args.decoder == "none") + ["flip"] * (args.dataset in data.NEVER_FLIPPED)
     unnamed += ["dataset"] * (args.dataset == (usual["dataset"] or "cifar10"))
-    for key, flag in ((key, key.replace("_", "-")) for key in usual if key not in unnamed):
-        value = getattr(args, key)
-        if value == usual[key]:
-            continue
+    changed = [key for key in usual if key not in unnamed and getattr(args, key) != usual[key]]
+    for key, flag, value in ((key, key.replace("_", "-"), getattr(args, key)) for key in changed):
         if isinstance(value, bool) or value == "none":
             parts.append(flag if value is True else f"no-{flag}")
             continue
@@ -410,7 +408,8 @@ def run_name(args):
             value = "-".join(f"{name}{share:g}" for name, share in value.items())
         text = slug(f"{value:g}" if isinstance(value, float) else str(value))
         parts.append(flag + "-" * (not text[:1].isdigit()) + text)
-    return "_".join(parts)[:120 - len(seed)] + seed
+    name = "_".join(parts)
+    return (name if len(name) <= 120 else f"{name[:110]}_{zlib.crc32(name.encode()):08x}") + seed
 
 
 def slug(text):

@@ -430,6 +430,12 @@ def test_a_run_is_named_after_what_differs(words, name):
     assert train.run_name(train.parse(words.split())[0]) == name
 
 
+def test_long_names_stay_apart():
+    words = ["--encoder", ">".join(["C'(16)"] * 30), "--seed", "2", "--blur"]
+    one, two = (train.run_name(train.parse([*words, blur])[0]) for blur in ("1", "2"))
+    assert one != two and one[:110] == two[:110] and len(one) <= 130 and one.endswith("_seed2")
+
+
 def test_a_folder_named_as_a_set_does_not_hide_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("shapes", "mnist", "photos"):
