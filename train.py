@@ -652,7 +652,6 @@ def train_many(many, words):
     complete = [folder for folder in runs if evaluate.read_run(folder)]
     if len(complete) > 1:
         where = Path(output, "comparison" if many.sweep else f"comparison-{next(iter(runs)).name}")
-        against = against if len(complete) == len(runs) else None  # which may have failed
         print(f"\nsaved in {evaluate.compare(complete, where, against)}")
     return 0 if all(done) else 1
 

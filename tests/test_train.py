@@ -675,6 +675,15 @@ def test_an_interrupted_sweep_ends_its_runs(tiny, tmp_path, monkeypatch):
     assert child.terminate.called
 
 
+def test_a_failed_run_does_not_change_what_the_others_are_compared_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.subprocess, "Popen", lambda *_, **__: mock.Mock(wait=lambda: 1))
+    monkeypatch.setattr(evaluate, "read_run", lambda folder: folder.name.startswith("v1"))
+    monkeypatch.setattr(evaluate, "compare", mock.Mock())
+    assert train.main(["--sweep", "help", "--dataset", "shapes", "--output", str(tmp_path)]) == 1
+    folders, _, against = evaluate.compare.call_args.args
+    assert len(folders) == 2 and against == "beta=0"
+
+
 def test_runs_that_would_share_a_folder_are_refused(tiny, tmp_path, capsys):
     words = ["--dataset", tiny, "--output", str(tmp_path), "--sweep"]
     for more in (["beta=0,1", "--name", "both"], ["seed=1,2"], ["lr=0.1,0.10"]):
