@@ -573,7 +573,8 @@ def plan(many, words):
     if many.sweep:
         setting, _, values = many.sweep.partition("=")
         if values:
-            lines = [[f"--{setting}={value}"] for value in values.split(",")]
+            switches = {"yes": f"--{setting}", "no": f"--no-{setting}"}
+            lines = [[switches.get(value, f"--{setting}={value}")] for value in values.split(",")]
         elif many.sweep in SWEEPS:
             lines, _, against = SWEEPS[many.sweep]
             lines = [shlex.split(line) for line in lines]

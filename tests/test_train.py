@@ -662,7 +662,7 @@ def test_a_sweep_of_a_setting_takes_its_values_as_they_are():
     for sweep, words, key, values in (
             ("encoder=C'(8)>L(8),C(8)>L(8)", "--version v1", "encoder", ["C'(8)>L(8)", "C(8)>L(8)"]),
             ("lr=1e-3,.01", "", "lr", [0.001, 0.01]), ("scale=-1..1,0..1", "", "scale", ["-1..1", "0..1"]),
-            ("jigsaw-grid=2,4", "--delta 1", "jigsaw_grid", [2, 4])):
+            ("jigsaw-grid=2,4", "--delta 1", "jigsaw_grid", [2, 4]), ("flip=yes,no", "", "flip", [True, False])):
         runs, _, against = train.plan(Namespace(sweep=sweep, seeds=None), words.split())
         assert [getattr(args, key) for _, args in runs.values()] == values and against is None
 
