@@ -540,9 +540,9 @@ def execute(args, typed, command):
 def run(**settings):
     """Trains a network as the command does: run(version="v2", epochs=3) is --version v2 --epochs 3.
 
-    settings: by the names of the flags (data_dir="data", flip=False, classes=["cat", "dog"]). Returns the
-    model in eval mode, the log's rows (dicts) and the run's folder. Raises a ValueError where the command
-    would end with a message, RuntimeError where a loss is not finite.
+    settings: by the names of the flags (data_dir="data", flip=False, classes=["cat", "dog"]); None: as in the
+    recipe (decoder=None: none). Returns the model in eval mode, the log's rows (dicts) and the run's folder.
+    Raises a ValueError where the command would end with a message, RuntimeError where a loss is not finite.
     """
     words = []
     for key, value in settings.items():
@@ -899,6 +899,7 @@ def check(args, typed):
     """UsageError where settings contradict each other, or where one that was typed has no effect."""
     classified, version = "classifier" in args.trained, models.VERSIONS.get(args.version)
     for wrong, message in (
+            (args.version == "custom" and not args.encoder, "--version custom: expected --encoder beside it"),
             (not args.trained, "nothing to train on: alpha, beta and delta are all 0; expected one above 0"),
             (args.separate and len(args.trained) < 2, "--separate: trains a decoder and then a classifier; "
              "expected alpha and beta (or delta) above 0, and a decoder"),

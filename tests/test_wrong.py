@@ -36,7 +36,7 @@ def place(trained, tmp_path_factory):
 
 TRAIN = [  # flags ({} is the folder of wrong things), a part of the answer
     ("--version v44", "no version 'v44'; did you mean 'v4'"),
-    ("--version custom --dataset {}/tiny.npz", "expected one of C(n)"),
+    ("--version custom --dataset {}/tiny.npz", "--version custom: expected --encoder beside it"),
     ("--encoder C(32)>Q(8) --dataset {}/tiny.npz", "token 2 'Q(8)'"),
     ("--encoder C(4)>C(4)>C(4)>C(4)>C(4)>C(4) --dataset {}/tiny.npz", "cannot pool a map of 1x1"),
     ("--encoder T(8) --dataset {}/tiny.npz", "has no mirror"),
