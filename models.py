@@ -167,25 +167,18 @@ class WhiteningConv2d(nn.Module):
         super().__init__()
         self.register_buffer("weight", nn.Conv2d(channels, n, 2).weight.detach().clone())
 
-    def forward(self, x):  # (B, C, H, W) -> (B, n, H, W): a product of each pixel's patch with a matrix
-        weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # (n, 2 * 2 * C)
-        return F.linear(patches(x), weight).permute(0, 3, 1, 2)
-
-
-def patches(x):
-    """The 2x2 patch that ends at each pixel, the border repeated: (B, C, H, W) -> (B, H, W, 2 * 2 * C)."""
-    b, c, h, w = x.shape
-    x = F.pad(x, (1, 0, 1, 0), "replicate").permute(0, 2, 3, 1)
-    return torch.cat([x[:, i:i + h, j:j + w] for i in range(2) for j in range(2)], 3)
+    def forward(self, x):  # (B, C, H, W) -> (B, n, H, W)
+        return F.conv2d(F.pad(x, (1, 0, 1, 0), "replicate"), self.weight)
 
 
 @torch.no_grad()
 def whiten(model, images):
-    """Sets the first filters (4 for grey images, 12 for coloured ones) of an encoder that begins with W(n) by
+    """Sets the first filters (8 for grey images, 24 for coloured ones) of an encoder that begins with W(n) by
     normalised images (N, C, H, W): the eigenvectors of the second moments of their 2x2 patches, each divided
     by sqrt(eigenvalue + 5e-4), then their negatives. The others stay random (Jordan's airbench, 2024)."""
     layer, c = model.encoder[0], images.shape[1]
-    rows = patches(images).flatten(0, 2).double()  # (N * H * W, 2 * 2 * C)
+    patches = F.unfold(F.pad(images, (1, 0, 1, 0), "replicate"), 2).unflatten(1, (c, 4))
+    rows = patches.permute(0, 3, 2, 1).flatten(2).flatten(0, 1).double()  # (N * H * W, 2 * 2 * C)
     values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
     filters = (vectors / (values.clamp(min=0) + 5e-4).sqrt()).T.flip(0)  # the largest variance first
     filters = torch.cat([filters, -filters])[:len(layer.weight)].view(-1, 2, 2, c).permute(0, 3, 1, 2)
@@ -626,7 +619,7 @@ def print_code(model, name):
         outputs += ", mean, log_variance"
     whitens = version.encoder.startswith("W")
     print("import torch\n" + "import torch.nn.functional as F\n" * whitens + "from torch import nn\n\n")
-    for helper in [he] * version.he + [patches, WhiteningConv2d] * whitens:
+    for helper in [he] * version.he + [WhiteningConv2d] * whitens:
         print(inspect.getsource(helper), end="\n\n")
     name = "Network" if "(" in name else re.sub(r"\W", "_", name[0].upper() + name[1:])
     print(f"""class {name}(nn.Module):
