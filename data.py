@@ -271,7 +271,7 @@ def _read_pictures(folder, files, size):
     unequal = [path for path, picture in zip(paths, pictures) if picture.shape != pictures[0].shape]
     if unequal and size is None:
         raise DataError(f"{unequal[0]}: is not of the size of {paths[0]}; expected equal sizes, or a size to "
-                        "which all are scaled and cropped, such as --size 32")
+                        "which all are scaled and cropped, such as size=32 (--size 32)")
     images = np.stack([_fit(picture, size, size) for picture in pictures] if unequal else pictures)
     if all((image == image[..., :1]).all() for image in images):
         images = images[..., :1].copy()
