@@ -454,6 +454,9 @@ def _classifier(notation, shape, lower_shape):
     tokens = parse(notation)
     if tokens[-1].kind != "L'":
         raise NotationError(f"{tokens[-1].where}: a classifier ends in L'(number of classes)")
+    if len(shape) != 3 and KINDS[tokens[0].kind].reads == "map":
+        raise NotationError(f"{tokens[0].where}: the code is a vector of {shape[0]}, not a map; expected "
+                            "another classifier, such as \"L'(10)\", or another encoder")
     if lower_shape is None:
         return nn.Sequential(*layers(tokens, shape)[0])
     if len(shape) != 3:

@@ -129,7 +129,7 @@ def test_a_malformed_notation_is_answered_at_its_token(notation, expected):
 @pytest.mark.parametrize("version, changes, expected", [
     ("v44", {}, "no version 'v44'; did you mean 'v4'"),
     ("v4", {"classifier": "L(128)>L(10)"}, "token 2 'L(10)': a classifier ends in L'"),
-    ("v4", {"encoder": "L(64)"}, f"{models.V4_DROPOUT!r}, token 1 \"C'(32)\": expected a map"),
+    ("v4", {"encoder": "L(64)"}, f"{models.V4_DROPOUT!r}, token 1 \"C'(32)\": the code is a vector of 64"),
     ("v4", {"decoder": "T(8)>T(8)"}, "'T(8)>T(8)' ends in 8x64x64; expected 3 channels"),
     ("v4", {"in_shape": (32, 32)}, "images of 32x32: expected channels, height and width"),
     ("v1", {"skip": True}, "the code is a vector of 128"),
