@@ -17,6 +17,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -426,7 +427,7 @@ MEASURES = [("MSE", "mse", "{:.6f}"), ("MAE", "mae", "{:.5f}"), ("PSNR", "psnr",
             ("sum of |errors| per image", "absolute_error", "{:.2f}"),
             ("|sum of errors| per image", "net_error", "{:.2f}")]
 CHANCE = ("at chance: not above the largest class's share by more than chance explains; in training, more\n"
-          "epochs, more images or a later fall of the learning rate (--lr-step) may help")
+          "epochs, more images, smaller batches (--batch-size 8) or --optimizer adam --lr 0.001 may help")
 
 
 def report(model, dataset, args, folder, tested, rows=None):
@@ -552,8 +553,6 @@ def read_groups(paths):
              for group in kinds.values()]
     common = set.intersection(*map(set, names)) if len(names) > 1 else set()
     short = ["_".join([first, *(part for part in more if part not in common)]) for first, *more in names]
-    if len(set(short)) < len(short):
-        short = ["_".join(name) for name in names]
     for name, group in zip(short, kinds.values()):
         groups[name + "'" * sum(other.rstrip("'") == name for other in groups)] = group
     return groups
@@ -654,38 +653,39 @@ def compare(paths, output, against=None):
     if file.exists():
         print(f"{file}: the comparison that was there is replaced")
     write_whole(file, lambda part: part.write_text(text, encoding="utf-8"))
-    draw_comparison(groups, found, key, f"{unit} more than with {than}", file.with_suffix(".png"))
+    draw_comparison(groups, found, key, f"→ {unit} more than with {than}", file.with_suffix(".png"))
     return file.parent
 
 
 def draw_comparison(groups, found, key, what, path):
-    """The groups' figure `key`: each run a dot, the mean of several with its 95 % interval; beside it
+    """The groups' figure `key`: each run a stroke, the mean of several with its 95 % interval; beside it
     `found`, their differences, and the figure over the epochs."""
     from matplotlib.figure import Figure
     column, label = {"accuracy.test": ("test_accuracy", "accuracy (% of the test images)"),
                      "reconstruction.psnr": ("test_psnr", "PSNR on the test images (dB)")}[key]
-    figure = Figure(figsize=(15 if found else 10, max(3.6, 1.5 + 0.3 * len(groups))), layout="constrained")
+    *texts, what = (textwrap.fill(text.replace("_", "_ "), 44).replace("_ ", "_") for text in (*groups, what))
+    height = 1.5 + 0.3 * len("\n".join(texts).split("\n"))
+    figure = Figure(figsize=(15 if found else 10, max(3.6, height)), layout="constrained")
     *axes, last = figure.subplots(1, 3 if found else 2)
-    several = any(len(group) > 1 for group in groups.values())
     for i, (name, group) in enumerate(groups.items()):
         values = list(figures(group, key).values())
-        axes[0].plot(values, [i] * len(values), ".", color="0.6" if len(values) > 1 else "k")
+        axes[0].plot(values, [i] * len(values), "k|", markersize=12)
         if len(values) > 1:
             mean, half = mean_interval(values)
             axes[0].errorbar(mean, i, xerr=half, fmt="kd", markersize=5, capsize=3)
         if name in found:
             axes[1].errorbar(found[name][0], i, xerr=found[name][1], fmt="kd", markersize=5, capsize=3)
         curve = np.array([[row[column] for row in run.rows] for run in group.values()], dtype=float).mean(0)
-        last.plot(range(1, len(curve) + 1), curve, f"C{i % 10}{MARKERS[i % len(MARKERS)]}", label=name,
+        last.plot(range(1, len(curve) + 1), curve, f"C{i % 10}{MARKERS[i % len(MARKERS)]}", label=texts[i],
                   linestyle=("-", "--", ":", "-.")[i % 4], markevery=max(1, len(curve) // 8), markersize=5)
     for axis in axes:
         axis.set(ylim=(len(groups) - 0.5, -0.5), yticks=range(len(groups)), yticklabels=[])
         axis.grid(alpha=0.3)
-    axes[0].set(xlabel=label, yticklabels=list(groups), title="each run" + ", mean, 95 % interval" * several)
+    axes[0].set(xlabel=label, yticklabels=texts, title="each run; mean, 95 % interval")
     if found:
         axes[1].axvline(0, color="0.5", linestyle=":")
-        axes[1].set(xlabel=f"{what} →", title="mean difference, 95 % interval")
-    last.set(xlabel="epoch", ylabel=label, title="over the epochs" + " (means)" * several)
+        axes[1].set(xlabel=what, title="mean difference, 95 % interval")
+    last.set(xlabel="epoch", ylabel=label, title="over the epochs (means over seeds)")
     last.locator_params(axis="x", integer=True, min_n_ticks=1)
     last.grid(alpha=0.3)
     last.legend(fontsize=8)

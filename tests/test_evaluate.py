@@ -459,7 +459,7 @@ def test_runs_without_a_classifier_are_compared_by_their_psnr(compared, figures,
     write_run(tmp_path / "runs/v3", 50.0, psnr=None, lr=0.1)  # a classifier alone
     rows = compared(tmp_path / "runs", "--against", "lr=0.01")
     assert [rows[name]["difference"] for name in ("cnn", "cnn_lr0.5", "v3")] == ["", "+2.10 ± 1.27", ""]
-    assert figures["comparison.png"].axes[1].get_xlabel() == "dB of PSNR more than with lr=0.01 →"
+    assert figures["comparison.png"].axes[1].get_xlabel() == "→ dB of PSNR more than with lr=0.01"
     rows = compared(*sorted((tmp_path / "runs").glob("cnn_seed*")), *(tmp_path / "runs").glob("both*"))
     assert rows["both"]["difference"] == "+2.10 ± 1.27" and rows["both"]["result"] == "better"
 
