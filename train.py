@@ -20,6 +20,7 @@ import os
 import platform
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -41,7 +42,6 @@ import models
 from evaluate import Stopped, UsageError
 
 # ---------------------------------------------------------------- one epoch
-
 
 def stream(seed, epoch, purpose, rank=0):
     """The 32-bit seed of one stream of random numbers: generators on the CPU use no more bits."""
@@ -325,7 +325,8 @@ def prepare(args, model=None):
         changes = {key: getattr(args, key) for key in ("encoder", "classifier", "decoder", "pretrained")
                    if getattr(args, key) is not None}
         changes |= {"decoder": None} if args.decoder == "none" else {}
-        version = models.Version(args.encoder) if args.version == "custom" else args.version
+        linear = "L'(10)" if args.alpha else None  # on the code
+        version = models.Version(args.encoder, linear) if args.version == "custom" else args.version
         model = models.build(version, (channels, *sides), len(dataset.classes), skip=args.skip, **changes)
         if args.init:
             start_from(model, args)
@@ -520,10 +521,9 @@ def execute(args, typed, command):
         dist.barrier()
     if rank:
         return model, train(model, dataset, args, None, state)[0], None
-    if folder is None:
-        folder = make_folder(args, dataset, model, command)
-    else:
+    if folder:
         keep_resumed(folder, args, dataset)
+    folder = folder or make_folder(args, dataset, model, command)
     try:
         announce(args, dataset, model, folder)
         rows, tested = train(model, dataset, args, folder, state)
@@ -652,7 +652,7 @@ def train_many(many, words):
             raise
     complete = [folder for folder in runs if evaluate.read_run(folder)]
     if len(complete) > 1:
-        where = Path(output, "comparison" if many.sweep else f"comparison-{next(iter(runs)).name}")
+        where = Path(output, f"comparison-{next(iter(runs)).name}")
         print(f"\nsaved in {evaluate.compare(complete, where, against)}")
     return 0 if all(done) else 1
 
@@ -877,8 +877,6 @@ def parse(words, whole=True):
     typed = vars(make_parser(version).parse_args(words, Namespace(**dict.fromkeys(usual, untyped))))
     typed = {key: value for key, value in typed.items() if key in usual and value is not untyped}
     args = Namespace(**usual | typed)
-    if version == "custom" and not args.classifier and args.alpha:
-        args.classifier = "L'(10)"  # linear, on the code
     if args.decoder == "none" and "beta" not in typed:
         args.beta = 0.0
     if typed.get("dataset", "cifar10") != "cifar10" and "classes" not in typed:
@@ -898,6 +896,8 @@ def parse(words, whole=True):
 def check(args, typed):
     """UsageError where settings contradict each other, or where one that was typed has no effect."""
     classified, version = "classifier" in args.trained, models.VERSIONS.get(args.version)
+    for notation in [each for each in (args.encoder, args.classifier) if "(" in (each or "")]:
+        models.parse(notation)  # before data is read or downloaded
     for wrong, message in (
             (args.version == "custom" and not args.encoder, "--version custom: expected --encoder beside it"),
             (not args.trained, "nothing to train on: alpha, beta and delta are all 0; expected one above 0"),
@@ -925,6 +925,7 @@ def check(args, typed):
 
 
 def main(argv):
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a cluster's jobs end so
     with evaluate.errors("train.py"):
         many, words = MANY.parse_known_args(argv)
         args, typed = parse(words, not (many.seeds or many.sweep))

@@ -37,7 +37,7 @@ def place(trained, tmp_path_factory):
 TRAIN = [  # flags ({} is the folder of wrong things), a part of the answer
     ("--version v44", "no version 'v44'; did you mean 'v4'"),
     ("--version custom --dataset {}/tiny.npz", "--version custom: expected --encoder beside it"),
-    ("--encoder C(32)>Q(8) --dataset {}/tiny.npz", "token 2 'Q(8)'"),
+    ("--encoder C(32)>Q(8) --dataset {}/nowhere", "token 2 'Q(8)'"),  # before any data is read
     ("--encoder C(4)>C(4)>C(4)>C(4)>C(4)>C(4) --dataset {}/tiny.npz", "cannot pool a map of 1x1"),
     ("--encoder T(8) --dataset {}/tiny.npz", "has no mirror"),
     ("--version v4 --classifier L(128) --dataset {}/tiny.npz", "ends in L'"),
