@@ -663,7 +663,7 @@ def draw_comparison(groups, found, key, what, path):
     from matplotlib.figure import Figure
     column, label = {"accuracy.test": ("test_accuracy", "accuracy (% of the test images)"),
                      "reconstruction.psnr": ("test_psnr", "PSNR on the test images (dB)")}[key]
-    *texts, what = (textwrap.fill(text.replace("_", "_ "), 44).replace("_ ", "_") for text in (*groups, what))
+    *texts, what = (textwrap.fill(text.replace("_", "_ "), 50).replace("_ ", "_") for text in (*groups, what))
     height = 1.5 + 0.3 * len("\n".join(texts).split("\n"))
     figure = Figure(figsize=(15 if found else 10, max(3.6, height)), layout="constrained")
     *axes, last = figure.subplots(1, 3 if found else 2)
