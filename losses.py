@@ -140,14 +140,16 @@ def jumble(images, grid, order):
 def balanced_weights(labels, classes):
     """Class weights (classes,) float32 by which every class that has images counts the same in the
     mean over these labels (N,): N / (classes with images * images of the class); 0 for the others."""
-    counts = torch.bincount(labels, minlength=classes)
+    counts = (labels[:, None] == torch.arange(classes, device=labels.device)).sum(0)  # bincount waits
     present = counts > 0
     return torch.where(present, len(labels) / (present.sum() * counts.clamp(min=1)), 0.0)
 
 
 def confusion_matrix(labels, predicted, classes):
     """Counts [true class][predicted class], (classes, classes) int64; both arguments (N,) int64."""
-    return torch.bincount(labels * classes + predicted, minlength=classes ** 2).view(classes, classes)
+    cells = torch.zeros(classes * classes, dtype=torch.int64, device=labels.device)
+    cells.index_add_(0, labels * classes + predicted, torch.ones_like(labels))
+    return cells.view(classes, classes)
 
 
 def per_class(confusion, classes):
