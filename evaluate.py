@@ -804,7 +804,7 @@ def evaluate(options):
     dataset = load_test(model, args, content, options.dataset, device)
     count = len((dataset.labelled or dataset.train).labels)
     if options.knn is not None and not 1 <= options.knn <= count:
-        raise UsageError(f"--knn {options.knn}: expected 1 to {count:,}, as there are training images")
+        raise UsageError(f"--knn {options.knn}: expected 1 to {count:,}, {dataset.name}'s training images")
     print(f"{args.version} after epoch {content['epoch']}, on {dataset.name} ({dataset.source})")
     mirrored = args.flip and options.dataset not in data.NEVER_FLIPPED
     metrics = report(model, dataset, args, folder, measure(model, dataset.test, args, mirrored))
