@@ -207,7 +207,7 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "save_figure", lambda figure, path: figures.update({path.name: figure}))
         train.run(dataset=root / "set.npz", encoder="C(8)>L(16)", classifier="D(0.5)>L'(10)", optimizer="adam",
-                  epochs=4, batch_size=10, device="cpu", output=root, name="run")
+                  epochs=4, batch_size=10, device="cpu", precision="fp32", output=root, name="run")
     model, content = models.load(root / "run/last.pt")
     args = Namespace(**content["settings"])
     return Namespace(arrays=arrays, folder=root / "run", ckpt=root / "run/last.pt", model=model, args=args,
@@ -346,7 +346,7 @@ def test_pictures_are_prepared_as_the_test_images_are(tmp_path, figures, monkeyp
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(draw.integers(0, 256, (20 + 3 * i, 30, 3), np.uint8)).save(path)
     _, _, folder = train.run(dataset=tmp_path / "set", size=16, margin=True, blur=0.5, encoder="C(4)>L(8)",
-                             batch_size=2, epochs=1, device="cpu", output=tmp_path)
+                             batch_size=2, epochs=1, device="cpu", precision="fp32", output=tmp_path)
     assert evaluate.CHANCE in capsys.readouterr().out
     inputs, forward = [], models.Autoencoder.forward
     monkeypatch.setattr(models.Autoencoder, "forward",
