@@ -708,11 +708,11 @@ OF_V4 = ["--gamma 0", "--optimizer adam --lr 0.001", "--optimizer adagrad --lr 0
          "--separate --no-freeze-encoder", "--no-decoder", "--variant constrained", "--variant undersampled",
          "--variant oversampled", "--variant smote", "--variant constrained --class-weights balanced",
          "--variant constrained --delta 1", "--variant constrained --skip",
-         "--variant oversampled --skip --delta 1", "--blur 1", "--blur 1 --no-decoder"]
+         "--variant oversampled --skip --delta 1", "--blur 6.5", "--blur 6.5 --no-decoder"]
 INGREDIENTS = ["", "--beta 0", "--encoder \"C'(32)>B(32)>B'(32)\"", "--label-smoothing 0", "--shift 0",
                "--schedule step --lr-step 2", "--optimizer adam --lr 0.01", "--optimizer sgd --lr 0.7"]
 SWEEPS = {
-    "help": Sweep(both(*(f"--version {row}" for row in ("v1", "v2", "v3", "v4", "v4 --blur 1")), more=SHORT),
+    "help": Sweep(both(*(f"--version {v}" for v in ("v1", "v2", "v3", "v4", "v4 --blur 6.5")), more=SHORT),
                   "v1 to v4, and v4 on blurred images, with beta 1 and 0, 12 epochs", "beta=0"),
     "labels": Sweep(both(*(f"--version v4 --labels {count}" for count in (100, 1000, 10_000)), more=SHORT),
                     "v4 with 100, 1,000, 10,000 labels, beta 1 and 0, 12 epochs", "beta=0"),

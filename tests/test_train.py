@@ -699,7 +699,7 @@ def test_the_sweeps_are_those_of_the_results():
         return [args for _, args in train.plan(many, [])[0].values()]
     found = [(args.version, args.beta, args.blur, args.epochs, args.lr_step) for args in settings("help")]
     assert found == [(version, beta, blur, 12, 3) for version, blur in (
-        ("v1", 0), ("v2", 0), ("v3", 0), ("v4", 0), ("v4", 1)) for beta in (1, 0)]
+        ("v1", 0), ("v2", 0), ("v3", 0), ("v4", 0), ("v4", 6.5)) for beta in (1, 0)]
     found = [(args.version, args.labels, args.beta, args.epochs) for args in settings("labels")]
     assert found == [("v4", count, beta, 12) for count in (100, 1000, 10_000) for beta in (1, 0)]
     assert len(settings("study")) == 43
