@@ -681,7 +681,7 @@ AUTOENCODERS = {"kind": ["mlp", "combo", "cnn"], "latent": ["cnn10", "cnn32", "c
                 "depth": ["cnnL1", "cnnL3", "cnnL5", "cnnL10"]}
 # What a version's recipe changes of the CIFAR study's.
 RECIPES = dict.fromkeys([*models.VERSIONS, "custom"], {}) | {
-    "v2.3": dict(size=64), "v4": dict(gamma=0.001), "v4-stride2": dict(gamma=0.001),
+    "v2.3": dict(size=64, margin=True), "v4": dict(gamma=0.001), "v4-stride2": dict(gamma=0.001),
     "v5-small": V5 | dict(epochs=6), "v5": V5, "v5-large": V5 | dict(epochs=40),
     **dict.fromkeys(["vgg", "resnet", "mobilenet", "squeezenet"], STANDARD),
     "joint5": JOINT, "cnn6": dict(beta=0.0), **dict.fromkeys(sum(AUTOENCODERS.values(), []), OTHERS),
