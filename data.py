@@ -67,15 +67,15 @@ NEVER_FLIPPED = {"svhn", "mnist"}  # a mirrored digit is not a digit
 
 
 def load(dataset=None, data_dir="data", *, size=None, classes=None, train_size=None, test_size=None,
-         test_share=0.2, val_share=0.0, labels=None, variant="complete", constrain=None, blur=0.0, seed=0):
+         val_share=0.0, labels=None, variant="complete", constrain=None, blur=0.0, seed=0):
     """A Dataset on the CPU.
 
     dataset: a name of NAMES or "shapes"; a folder of pictures in train/<class>/* and test/<class>/* (and
     val/<class>/*), in <class>/* or in itself; an .npz of x_train, y_train, x_test, y_test. None is CIFAR-10
     or, where that is unavailable, `shapes`. size: to this side a folder's pictures are scaled and cropped as
-    they are read, if they are of unequal sizes or have more pixels; others are scaled by `batches`.
-    test_share: in a folder without test/, a picture is a test image if a checksum of its name is below this
-    share (1: all are, none is for training): neither the seed nor another file can move it.
+    they are read, if they are of unequal sizes or have more pixels; others are scaled by `batches`. In a
+    folder without test/, a picture is a test image if a checksum of its name falls into the lowest fifth:
+    neither the seed nor another file nor another place of the folder can move it.
 
     Then, in this order, all draws with the seed: `choose` classes, `take` train_size and test_size images,
     hold out val_share of the training images, `vary` them by variant and constrain, `take` the labels of some
@@ -83,11 +83,11 @@ def load(dataset=None, data_dir="data", *, size=None, classes=None, train_size=N
     """
     name = "cifar10" if dataset is None else str(dataset)
     if name in NAMES:
-        dataset = _read_named(name, Path(data_dir), size, test_share, dataset is None)
+        dataset = _read_named(name, Path(data_dir), size, dataset is None)
     elif name == "shapes":
         dataset = shapes()
     elif os.path.isdir(name):
-        dataset = _read_folder(Path(name), size, test_share)
+        dataset = _read_folder(Path(name), size)
     elif name.endswith(".npz"):
         dataset = _read_npz(Path(name))
     else:
@@ -143,13 +143,13 @@ def _split(images, labels):
     return Split(images.contiguous(memory_format=torch.channels_last), torch.as_tensor(labels).long())
 
 
-def _read_named(name, root, size, test_share, replaceable):
+def _read_named(name, root, size, replaceable):
     """A set of NAMES as torchvision keeps it below root, else the folder of pictures there, else downloaded;
     where that fails and it is replaceable, `shapes`."""
     kind, files, *arguments = NAMES[name]
     present = any(root.glob(files))
     if not present and (root / name / "train").is_dir():
-        return _read_folder(root / name, size, test_share)
+        return _read_folder(root / name, size)
     from torchvision import datasets
     try:
         sets = [getattr(datasets, kind)(root, download=not present, **each) for each in arguments]
@@ -201,7 +201,7 @@ ENDINGS = set(".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pgm .png .ppm .tga .t
 CACHE_FROM = 1000  # from this many pictures on, the decoded ones are kept in the folder
 
 
-def _read_folder(folder, size, test_share):
+def _read_folder(folder, size):
     """The Dataset of a folder of pictures, as `load` says."""
     listed = []
     for place, folders, names in os.walk(folder, followlinks=True):
@@ -222,7 +222,7 @@ def _read_folder(folder, size, test_share):
                             "rename the parts to train and test, or load the folder that holds them")
         if len(above) == depth:
             share = zlib.crc32(os.fsencode(file)) / 2**32
-            part = parts[above.pop(0)] if parts else "test" if share < test_share else "train"
+            part = parts[above.pop(0)] if parts else "test" if share < 0.2 else "train"
             rows.append((part, above[0] if above else folder.absolute().name, file))
     left = set(listed) - {file for _, _, file in rows}
     if left:
@@ -231,7 +231,7 @@ def _read_folder(folder, size, test_share):
     lacking = {"test", *parts.values()} - {part for part, _, _ in rows}
     if lacking:
         raise DataError(f"{folder}: has no {min(lacking)} pictures; expected {LAYOUTS}, and more pictures")
-    classes = sorted({name for part, name, _ in rows if part == "train" or test_share == 1})
+    classes = sorted({name for part, name, _ in rows if part == "train"})
     number = {name: label for label, name in enumerate(classes)}
     lost = [file for _, name, file in rows if name not in number]
     if lost:

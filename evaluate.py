@@ -751,7 +751,7 @@ def load_test(model, args, content, foreign, device):
         if expected[1] == expected[2]:  # images of other sizes are scaled
             args.size = args.preparation["size"] = expected[1]
         whole = dict.fromkeys(("classes", "train_size", "test_size", "labels", "constrain"))
-        dataset = load_data(args, dataset=foreign, val_share=0.0, variant="complete", test_share=1.0, **whole)
+        dataset = load_data(args, dataset=foreign, val_share=0.0, variant="complete", **whole)
         if "classifier" in args.trained:
             dataset = match_classes(dataset, content["classes"])
     else:
@@ -822,7 +822,7 @@ def make_parser():
     add("--against", metavar="SETTING=VALUE", help="compare with those that differ in this alone, as beta=0")
     add("--images", nargs="+", metavar="PICTURE", help="classify and rebuild these pictures, or a folder's")
     add("--knn", type=int, metavar="K", help="also classify by the K nearest training images")
-    add("--dataset", metavar="NAME|PATH", help="another data set, of the same classes or some of them")
+    add("--dataset", metavar="NAME|PATH", help="test on another data set, of the same classes or some of them")
     add("--data-dir", help="where named sets are (default: where training found them)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     add("--output", help="where the report goes (default: a folder beside the checkpoint or the runs)")
