@@ -280,16 +280,16 @@ def save(folder, model, dataset, settings, rows, tested, optimizer):
 
 
 def printed_columns(args):
-    """The columns of the printed table: (title, part, key of a row, width, decimals); those of the terms that
-    the run trains in pairs."""
+    """The printed table's columns: (title, part, key of a row, width, decimals); a pair for a loss term."""
     columns = [("epoch", "", "epoch", 5, "d"), ("lr", "", "lr", 8, ".2g")]
     for flag, term in losses.TERMS.items():
         parts = ["train"] if flag == "gamma" else ["train", "test"]  # of the weights, not of the images
         if args.weights[flag]:
-            columns += [(term.name if part == parts[-1] else "", part, f"{part}_{term.name}", 8,
-                         ".1f" if flag == "gamma" else ".4f") for part in parts]
+            title, style = f"{term.name:>{8 * len(parts)}}", ".1f" if flag == "gamma" else ".4f"
+            columns += [(title[8 * i:8 * i + 8], part, f"{part}_{term.name}", 8, style)
+                        for i, part in enumerate(parts)]
     if "classifier" in args.trained:
-        columns.append(("acc. %", "test", "test_accuracy", 8, ".2f"))
+        columns.append(("acc. %", "test", "test_accuracy", 7, ".2f"))
     if "decoder" in args.trained:
         columns.append(("PSNR", "test", "test_psnr", 6, ".1f"))
     return [*columns, ("time", "s", "seconds", 7, ".1f"), ("images", "/s", "images_per_second", 7, ".0f")]
