@@ -592,8 +592,7 @@ def plan(many, words):
             line, args.dataset = [*line, "--dataset", "cifar10"], "cifar10"
         folder = Path(output, run_name(args))
         if folder in runs:
-            raise UsageError(f"{folder}: would be the folder of two runs; expected settings that its name "
-                             "tells apart, without --name")
+            raise UsageError(f"{folder}: would be of two runs; expected settings that its name tells apart")
         if (folder / "config.json").exists():
             found = json.loads((folder / "config.json").read_text())["settings"]
             for key, value in vars(args).items():  # another data set of that name, a recipe that has changed
@@ -610,8 +609,7 @@ def train_many(many, words):
     trained again, interrupted ones resume. Returns the exit status."""
     runs, output, against = plan(many, words)
     if many.list:
-        print("\n".join(shlex.join([sys.executable, os.path.abspath(__file__), *line])
-                        for line, _ in runs.values()))
+        print("\n".join(shlex.join([sys.executable, __file__, *line]) for line, _ in runs.values()))
         return 0
     settings, todo = [args for _, args in runs.values()], [run for run in runs if not evaluate.read_run(run)]
     cores, device = torch.get_num_threads(), evaluate.pick_device(settings[0].device)
@@ -638,6 +636,8 @@ def train_many(many, words):
         print(f"{folder.name:<{width}}{result}{(time.time() - start) / 60:>8.1f} min", flush=True)
         return not status
 
+    for run in todo[:1]:  # is read, or downloaded, once before many do so; a missing one ends here
+        evaluate.load_data(runs[run][1])
     print(f"{len(todo)} of {len(runs)} runs to train, {jobs} at once, {threads} CPU threads each, into "
           f"{output}", flush=True)
     Path(output).mkdir(parents=True, exist_ok=True)

@@ -248,7 +248,7 @@ def test_the_runs_of_a_sweep_are_spread_over_the_gpus(monkeypatch, tmp_path, cap
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(train.subprocess, "Popen", start)
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: "stopped")
-    assert train.main(["--version", "v3", "--seeds", "4", "--output", str(tmp_path)]) == 1
+    assert train.main(["--version", "v3", "--dataset", "shapes", "--seeds", "4", "--output", str(tmp_path)]) == 1
     assert capsys.readouterr().out.startswith("4 of 4 runs to train, 2 at once")
     assert start.call_count == 4
     assert {call.args[0][-1] for call in start.call_args_list} == {"cuda:0", "cuda:1"}

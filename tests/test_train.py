@@ -689,8 +689,14 @@ def test_a_failed_run_does_not_change_what_the_others_are_compared_with(tmp_path
 def test_runs_that_would_share_a_folder_are_refused(tiny, tmp_path, capsys):
     words = ["--dataset", tiny, "--output", str(tmp_path), "--sweep"]
     for more in (["beta=0,1", "--name", "both"], ["seed=1,2"], ["lr=0.1,0.10"]):
-        assert fails(*words, *more) == 2 and "would be the folder of two runs" in capsys.readouterr().err
+        assert fails(*words, *more) == 2 and "would be of two runs" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_whose_data_set_is_missing_starts_no_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train.subprocess, "Popen", None)
+    assert fails("--dataset", "photos", "--seeds", "2", "--output", tmp_path / "out") == 2
+    assert capsys.readouterr().err.count("no data set 'photos'") == 1 and list(tmp_path.iterdir()) == []
 
 
 def test_the_sweeps_are_those_of_the_results():
