@@ -136,14 +136,13 @@ def write_csv(path, rows):
     write_whole(path, lambda part: part.write_text(table.getvalue(), encoding="utf-8", newline=""))
 
 
-def load_data(args, **changes):
-    """The data.Dataset of settings, on the CPU. changes: other arguments of data.load. DataError."""
-    names = ("dataset", "data_dir", "size", "classes", "train_size", "test_size", "val_share", "labels",
-             "variant", "constrain", "blur", "seed")
-    settings = {name: getattr(args, name) for name in names} | changes
+def load_data(args, whole=None):
+    """The data.Dataset of settings, on the CPU; or that of the name or path `whole`, undrawn. DataError."""
+    draws = "classes", "train_size", "test_size", "val_share", "labels", "variant", "constrain", "seed"
+    settings = {name: getattr(args, name) for name in ("data_dir", "size", "blur", *(() if whole else draws))}
     if args.size and args.margin:
         settings["size"] = args.size * 8 // 7  # of a folder's pictures, as they are read
-    return data.load(**settings)
+    return data.load(whole or args.dataset, **settings)
 
 
 # ---------------------------------------------------------------- measures
@@ -750,8 +749,7 @@ def load_test(model, args, content, foreign, device):
     if foreign and args.dataset not in (foreign, str(Path(foreign).resolve())):
         if expected[1] == expected[2]:  # images of other sizes are scaled
             args.size = args.preparation["size"] = expected[1]
-        whole = dict.fromkeys(("classes", "train_size", "test_size", "labels", "constrain"))
-        dataset = load_data(args, dataset=foreign, val_share=0.0, variant="complete", **whole)
+        dataset = load_data(args, foreign)
         if "classifier" in args.trained:
             dataset = match_classes(dataset, content["classes"])
     else:
@@ -822,7 +820,7 @@ def make_parser():
     add("--against", metavar="SETTING=VALUE", help="compare with those that differ in this alone, as beta=0")
     add("--images", nargs="+", metavar="PICTURE", help="classify and rebuild these pictures, or a folder's")
     add("--knn", type=int, metavar="K", help="also classify by the K nearest training images")
-    add("--dataset", metavar="NAME|PATH", help="test on another data set, of the same classes or some of them")
+    add("--dataset", metavar="NAME|PATH", help="test on another data set, of the same or fewer classes")
     add("--data-dir", help="where named sets are (default: where training found them)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     add("--output", help="where the report goes (default: a folder beside the checkpoint or the runs)")

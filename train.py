@@ -592,7 +592,7 @@ def plan(many, words):
             line, args.dataset = [*line, "--dataset", "cifar10"], "cifar10"
         folder = Path(output, run_name(args))
         if folder in runs:
-            raise UsageError(f"{folder}: would be of two runs; expected settings that its name tells apart")
+            raise UsageError(f"{folder}: is of two runs; expected settings that names tell apart, no --name")
         if (folder / "config.json").exists():
             found = json.loads((folder / "config.json").read_text())["settings"]
             for key, value in vars(args).items():  # another data set of that name, a recipe that has changed
@@ -636,8 +636,8 @@ def train_many(many, words):
         print(f"{folder.name:<{width}}{result}{(time.time() - start) / 60:>8.1f} min", flush=True)
         return not status
 
-    for run in todo[:1]:  # is read, or downloaded, once before many do so; a missing one ends here
-        evaluate.load_data(runs[run][1])
+    for run in todo[:1]:  # its set is read, or downloaded, once before many do so; a missing one ends here
+        evaluate.load_data(runs[run][1], runs[run][1].dataset)
     print(f"{len(todo)} of {len(runs)} runs to train, {jobs} at once, {threads} CPU threads each, into "
           f"{output}", flush=True)
     Path(output).mkdir(parents=True, exist_ok=True)

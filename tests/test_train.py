@@ -689,7 +689,7 @@ def test_a_failed_run_does_not_change_what_the_others_are_compared_with(tmp_path
 def test_runs_that_would_share_a_folder_are_refused(tiny, tmp_path, capsys):
     words = ["--dataset", tiny, "--output", str(tmp_path), "--sweep"]
     for more in (["beta=0,1", "--name", "both"], ["seed=1,2"], ["lr=0.1,0.10"]):
-        assert fails(*words, *more) == 2 and "would be of two runs" in capsys.readouterr().err
+        assert fails(*words, *more) == 2 and "is of two runs" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -697,6 +697,12 @@ def test_a_sweep_whose_data_set_is_missing_starts_no_run(tmp_path, capsys, monke
     monkeypatch.setattr(train.subprocess, "Popen", None)
     assert fails("--dataset", "photos", "--seeds", "2", "--output", tmp_path / "out") == 2
     assert capsys.readouterr().err.count("no data set 'photos'") == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_a_sweeps_first_run_that_fails_by_its_own_setting_stops_no_other(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train.subprocess, "Popen", lambda *_, **__: mock.Mock(wait=lambda: 1))
+    assert train.main(["--dataset", tiny, "--sweep", "train-size=1000000,10", "--output", str(tmp_path)]) == 1
+    assert "2 of 2 runs to train" in capsys.readouterr().out
 
 
 def test_the_sweeps_are_those_of_the_results():
